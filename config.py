@@ -1,0 +1,240 @@
+"""Every knob, its default and one comment. Defaults < config file < command line; every key and value is checked.
+
+A config file is plain Python: its assignments are keys, and it may compute, import, and define functions for a key to
+hold. The chosen losses add their hyperparameters (losses.py) as keys.
+"""
+import ast
+import difflib
+import hashlib
+import inspect
+import json
+import re
+import runpy
+import textwrap
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from losses import OBJECTIVES, Term
+
+
+@dataclass
+class Config:
+    # What to train
+    objective: str | dict = "sft"  # a loss, or {loss: weight}; the losses and their hyperparameters are listed below
+    init_from: str = ""  # model folder, hub name, config file (its stage is run first if missing) or "scratch"
+    out_dir: str = "out/run"  # metrics.jsonl, model/ and checkpoint-<step>/ go here; must be empty, or --resume
+    nll_coef: float = 0.0  # adds this much NLL of the responses to imitate (of a pair: the chosen one)
+    scratch: dict = None  # config.json of the new model when init_from = "scratch"; vocab_size comes from the tokenizer
+    tokenizer: str = ""  # folder with tokenizer.json; default: init_from's
+
+    # Data
+    train_data: str | list = ""  # files or globs: .jsonl, .json, .gz of either
+    eval_data: str | list = ""  # rows of the same kind; empty: no eval lines
+    eval_prompts: str | list = ""  # {prompt, ...} rows that eval answers greedily, for check
+    check: Callable = None  # (prompt, completion, row) -> is it right; eval reports the mean as exact_match
+    max_new_tokens: int = 256  # longest answer that eval generates
+    max_length: int = 1024  # tokens of a prompt with its longest response
+    max_prompt_length: int = 0  # tokens of a prompt; 0: half of max_length, and only for rows that do not fit
+    truncation: str = "cut"  # of rows that do not fit: cut (prompt's left, response's right), drop, error
+    tokenize: str = "joint"  # joint: prompt + response together, as text is generated; apart: each by itself
+    train_on: str = ""  # assistant turns that are trained: all, last; default: all for sft, last for pairs
+    chat_template: str = ""  # a jinja file, or "chatml"; default: the tokenizer's own
+    bad_rows: str = "error"  # a malformed row: error (stop), skip (and count)
+
+    # Steps
+    batch_size: int = 64  # examples per optimizer step, over all ranks
+    micro_batch_tokens: int = 0  # tokens of a packed stream: memory only, the gradient stays; 0: from the data
+    epochs: float = 1.0  # passes over train_data
+    max_steps: int = 0  # optimizer steps; 0: as epochs say
+    lr: float = 1e-6  # peak learning rate
+    min_lr: float = 0.0  # where linear and cosine end
+    schedule: str = "cosine"  # constant, linear, cosine
+    warmup_steps: int = 0  # linear from 0 to lr
+    weight_decay: float = 0.0  # AdamW, on matrices and embeddings only
+    betas: tuple = (0.9, 0.999)  # AdamW
+    grad_clip: float = 1.0  # norm of the whole gradient; 0: no clipping
+    seed: int = 0  # order of rows, new weights
+    reference: str = ""  # model folder of the frozen reference; default: init_from's
+    reference_live: bool = False  # run the reference in every step instead of once per row, cached on disk
+    cache_dir: str = "~/.cache/nanoalign"  # reference log-probs, under a key of weights, data and precision
+
+    # Machine
+    device: str = "auto"  # cpu, cuda; auto: cuda if there is one
+    dtype: str = "auto"  # float32, bfloat16, float16, float64 of compute (weights stay fp32); auto: bfloat16 on cuda
+    compile: bool | str = "auto"  # torch.compile; auto: on cuda
+    activation_checkpointing: bool = False  # recompute each block in backward: less memory, a third more time
+
+    # Logs and checkpoints
+    log_every: int = 1  # steps between lines of metrics.jsonl
+    eval_every: int = 0  # steps between evals; 0: before the first step and after the last only
+    save_every: int = 0  # steps between checkpoints; 0: none
+    keep_checkpoints: int = 2  # newest ones kept
+    resume: bool = False  # go on from out_dir's newest checkpoint
+    save_dtype: str = ""  # dtype of model/; default: the loaded folder's
+
+
+CHOICES = {"truncation": ("cut", "drop", "error"), "tokenize": ("joint", "apart"), "train_on": ("", "all", "last"),
+           "bad_rows": ("error", "skip"), "schedule": ("constant", "linear", "cosine"), "device": ("auto", "cpu", "cuda"),
+           "dtype": ("auto", "float32", "bfloat16", "float16", "float64"), "compile": (True, False, "auto"),
+           "save_dtype": ("", "float32", "bfloat16", "float16", "float64")}
+AT_LEAST = {"batch_size": 1, "max_length": 2, "log_every": 1, "keep_checkpoints": 1, "max_new_tokens": 1} | dict.fromkeys(
+    ("max_prompt_length", "micro_batch_tokens", "epochs", "max_steps", "lr", "min_lr", "warmup_steps", "weight_decay",
+     "grad_clip", "eval_every", "save_every", "nll_coef", "seed"), 0)
+TYPES = typing.get_type_hints(Config)
+
+
+def checked(key: str, value, kind, where: str):
+    """The value as its declared type, or an error that names the source, the key and what was expected."""
+    if value is None and getattr(Config, key, 0) is None:
+        return None
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if kind is Callable:
+        if callable(value):
+            return value
+    elif isinstance(value, int) and not isinstance(value, bool) and float in kinds:
+        return float(value)
+    elif isinstance(value, list) and tuple in kinds:
+        return tuple(value)
+    elif type(value) in kinds or (float in kinds and type(value) is float):
+        if key in CHOICES and value not in CHOICES[key]:
+            raise ValueError(f"{where}: {key} = {value!r}; expected one of {', '.join(map(repr, CHOICES[key]))}")
+        if key in AT_LEAST and not value >= AT_LEAST[key]:
+            raise ValueError(f"{where}: {key} = {value!r}; expected at least {AT_LEAST[key]}")
+        return value
+    names = " or ".join("function" if k is Callable else k.__name__ for k in kinds)
+    raise ValueError(f"{where}: {key} = {value!r} is a {type(value).__name__}; expected {names}")
+
+
+def read_file(path: str) -> dict:
+    """The assignments of a config file. Imports, functions, classes and names with a leading underscore are not keys,
+    unless a declared key holds a function."""
+    if not Path(path).is_file():
+        near = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), 1)
+        raise ValueError(f"{path}: no such config file" + (f"; did you mean {near[0]}?" if near else ""))
+    values = runpy.run_path(path)
+    return {key: value for key, value in values.items() if not key.startswith("_") and not isinstance(value, types.ModuleType)
+            and (key in TYPES or not isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)))}
+
+
+def read_command_line(arguments: list[str]) -> tuple[str | None, dict]:
+    """--config FILE, and --key=value, --key value or --flag, read as Python literals where they are one."""
+    path, values, i = None, {}, 0
+    while i < len(arguments):
+        word = arguments[i]
+        if not word.startswith("--") or word == "--":
+            raise ValueError(f"command line: {word!r} was not expected here; options are --key=value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            following = arguments[i + 1] if i + 1 < len(arguments) else "--"
+            text, i = ("True", i) if following.startswith("--") else (following, i + 1)
+        i += 1
+        if key == "config":
+            path = text
+            continue
+        try:
+            values[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[key] = text
+        if TYPES.get(key) is str:
+            values[key] = text
+    return path, values
+
+
+def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
+    """Layers of (where, values), later ones winning -> every key with its value, and `terms`-to-be under `weights`."""
+    values, source = {f.name: f.default for f in fields(Config)}, {}
+    for where, layer in layers:
+        values.update(layer)
+        source.update(dict.fromkeys(layer, where))
+    name = checked("objective", values["objective"], TYPES["objective"], source.get("objective", "config"))
+    weights = dict(name) if isinstance(name, dict) else {name: 1.0}
+    for key, weight in weights.items():
+        if key not in OBJECTIVES:
+            raise ValueError(f"{source.get('objective', 'config')}: unknown objective {key!r}.{suggestion(key, OBJECTIVES)} "
+                             f"Known: {', '.join(OBJECTIVES)}")
+        weights[key] = checked(f"objective[{key!r}]", weight, float, source.get("objective", "config"))
+    if values["nll_coef"]:
+        if "sft" in weights:
+            raise ValueError(f"{source['nll_coef']}: nll_coef adds the sft loss, which the objective already has")
+        weights["sft"] = values["nll_coef"]
+    hyperparameters = {k: v for name in weights for k, v in OBJECTIVES[name].hyperparameters.items()}
+    for key, where in source.items():
+        if key in TYPES:
+            values[key] = checked(key, values[key], TYPES[key], where)
+        elif key in hyperparameters:
+            values[key] = checked(key, values[key], type(hyperparameters[key]), where)
+        else:
+            owners = [o.name for o in OBJECTIVES.values() if key in o.hyperparameters]
+            if owners:
+                raise ValueError(f"{where}: {'+'.join(weights)} has no hyperparameter {key!r} (it belongs to {', '.join(owners)})")
+            raise ValueError(f"{where}: unknown key {key!r}.{suggestion(key, [*TYPES, *hyperparameters])} "
+                             f"`python train.py --help` lists every key")
+    return types.SimpleNamespace(**values, weights=weights)
+
+
+def suggestion(word: str, known) -> str:
+    near = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def load(arguments: list[str]) -> types.SimpleNamespace:
+    path, values = read_command_line(arguments)
+    return resolve([(path, read_file(path))] * bool(path) + [("command line", values)])
+
+
+def load_stage(path: str, parent: types.SimpleNamespace) -> types.SimpleNamespace:
+    """Another config file as a stage of a run: it inherits the run's seed and machine."""
+    inherited = {key: getattr(parent, key) for key in ("seed", "device", "dtype", "compile")}
+    return resolve([(path, read_file(path)), ("inherited", inherited)])
+
+
+def terms(cfg: types.SimpleNamespace, compiled: bool) -> list[Term]:
+    """The losses of a run with their weights and hyperparameters bound."""
+    bound = []
+    for name, weight in cfg.weights.items():
+        objective = OBJECTIVES[name]
+        loss = torch.compile(objective.loss, fullgraph=True, dynamic=True) if compiled else objective.loss
+        given = {key: getattr(cfg, key, default) for key, default in objective.hyperparameters.items()}
+        bound.append(Term(weight, objective, loss, given))
+    return bound
+
+
+def data_kind(cfg: types.SimpleNamespace) -> str:
+    kinds = {OBJECTIVES[name].data for name in cfg.weights} - {None} or {"sft"}
+    if len(kinds) > 1:
+        raise ValueError(f"objective {cfg.objective}: these losses need different rows ({', '.join(sorted(kinds))})")
+    return kinds.pop()
+
+
+def as_json(cfg: types.SimpleNamespace) -> dict:
+    named = lambda v: f"{v.__module__}.{v.__qualname__}" if callable(v) else v
+    return {key: named(value) for key, value in vars(cfg).items()}
+
+
+def digest(cfg: types.SimpleNamespace) -> str:
+    """Hash of what decides a run's result: not of where it is written or how it is logged and saved."""
+    apart = ("out_dir", "resume", "log_every", "save_every", "keep_checkpoints", "cache_dir")
+    kept = {key: value for key, value in as_json(cfg).items() if key not in apart}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def help_text() -> str:
+    """Every key with its default and comment, from the source above; then every loss with its hyperparameters."""
+    lines = ["usage: python train.py --config configs/dpo.py [--key=value ...]", "       torchrun --nproc_per_node=8 train.py --config ..."]
+    for line in inspect.getsource(Config).splitlines():
+        if heading := re.match(r"    # (.*)", line):
+            lines += ["", heading[1]]
+        elif knob := re.match(r"    (\w+): .+? = (.+?)  # (.*)", line):
+            lines.append(f"  --{knob[1]}={knob[2]}")
+            lines += textwrap.wrap(knob[3], 72, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    lines += ["", "Objectives and their hyperparameters"]
+    for o in OBJECTIVES.values():
+        lines.append("  " + " ".join([o.name, *(f"--{k}={v}" for k, v in o.hyperparameters.items())]))
+        first = re.sub(r"\s+", " ", o.loss.__doc__.split("\n\n")[0])
+        lines += textwrap.wrap(first, 72, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)

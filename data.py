@@ -1,0 +1,597 @@
+"""JSONL row -> Draft (text) -> Example (token ids) -> packed micro-batches -> optimizer steps.
+
+An example is a prompt and its responses, kept together as a tree, so that the prompt is stored and computed once. A new
+format is one branch of a function in `FORMATS`; which tokens are trained is decided in `tokenize`, by position, never
+by comparing ids with pad or eos.
+
+Shapes: T stream tokens, N scored tokens, R responses, P pairs, S segments.
+"""
+import difflib
+import glob
+import gzip
+import json
+from collections import Counter
+from collections.abc import Iterator
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer as FastTokenizer
+from tqdm import tqdm
+
+from model import read_json
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def read_rows(paths: str | list[str]) -> Iterator[tuple[str, object]]:
+    """(where, row) of every row of JSONL files, JSON arrays, .gz of either; where is file:line, or file[index]."""
+    names = [paths] if isinstance(paths, str) else paths
+    files = [f for name in names for f in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
+    if not files:
+        raise ValueError(f"no file matches {paths!r}")
+    for file in files:
+        if not Path(file).is_file():
+            near = difflib.get_close_matches(file, [str(p) for p in Path(file).parent.glob("*")], 1)
+            raise ValueError(f"{file}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
+        opened = gzip.open if file.endswith(".gz") else open
+        with opened(file, "rt", encoding="utf-8") as lines:
+            try:
+                if file.removesuffix(".gz").endswith(".json"):
+                    rows = json.load(lines)
+                    if not isinstance(rows, list):
+                        raise ValueError(f"{file}: expected a JSON array of rows, found {type(rows).__name__}")
+                    yield from ((f"{file}[{i}]", row) for i, row in enumerate(rows))
+                else:
+                    yield from ((f"{file}:{i}", line) for i, line in enumerate(lines, 1) if not line.isspace())
+            except (UnicodeDecodeError, json.JSONDecodeError, EOFError, gzip.BadGzipFile) as error:
+                raise ValueError(f"{file}: {error}") from None
+
+
+class Draft(NamedTuple):
+    """A row in one vocabulary. Text, or lists of {role, content} messages for the chat template."""
+    prompt: str | list
+    responses: list
+    demonstrated: list  # of each response: is it to be imitated
+    pairs: list = []  # (chosen, rejected) indices of responses
+
+
+def text_field(row: dict, key: str) -> str:
+    if not isinstance(row[key], str):
+        raise ValueError(f"{key!r} should be a string, found {type(row[key]).__name__}: {str(row[key])[:60]!r}")
+    return row[key]
+
+
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system", "tool": "tool",
+         "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "function_call": "assistant", "observation": "tool"}
+
+
+def messages_field(row: dict, key: str) -> list[dict]:
+    """Messages under OpenAI's names or ShareGPT's; a content of parts is joined; one message counts as a list of one."""
+    value = [row[key]] if isinstance(row[key], dict) else row[key]
+    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
+        raise ValueError(f"{key!r} should be a list of messages, found {str(row[key])[:60]!r}")
+    messages = []
+    for m in value:
+        role, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
+        if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+            content = "".join(str(part.get("text", part.get("value", ""))) for part in content)
+        if role not in ROLES or not isinstance(content, str):
+            raise ValueError(f"{key!r} should hold messages with role (one of {', '.join(ROLES)}) and content, "
+                             f"found {str(m)[:80]!r}")
+        messages.append({"role": ROLES[role], "content": content})
+    return messages
+
+
+def text_or_messages(row: dict, key: str) -> str | list[dict]:
+    return row[key] if isinstance(row[key], str) else messages_field(row, key)
+
+
+def as_response(prompt: str | list, response: str | list) -> str | list:
+    """A response of the same kind as its prompt: text after messages is the assistant's."""
+    if isinstance(prompt, list) and isinstance(response, str):
+        return [{"role": "assistant", "content": response}]
+    if isinstance(prompt, str) and isinstance(response, list):
+        raise ValueError("a text prompt with messages as its response; make both text or both messages")
+    return response
+
+
+def with_system(row: dict, messages: list[dict]) -> list[dict]:
+    return [{"role": "system", "content": row["system"]}, *messages] if row.get("system") else messages
+
+
+def split_messages(messages: list[dict], train_on: str) -> tuple[list, list]:
+    """A conversation -> (prompt, response): the response begins at the first assistant turn, or at the last."""
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not turns:
+        raise ValueError("no message of an assistant to train on")
+    first = turns[0] if train_on == "all" else turns[-1]
+    return messages[:first], messages[first:turns[-1] + 1]
+
+
+ALPACA = ("Below is an instruction that describes a task{0}. Write a response that appropriately completes the request."
+          "\n\n### Instruction:\n{1}\n\n{2}### Response:\n")
+
+
+def sft_row(row: dict, train_on: str, chat: bool) -> Draft:
+    """{prompt, completion}, {messages}, alpaca {instruction, input, output}, ShareGPT {conversations}, {text}, or the
+    chosen side of a preference row. chat: the tokenizer has a template, so alpaca rows become messages."""
+    if "chosen" in row:
+        draft = preference_row(row, train_on, chat)
+        return Draft(draft.prompt, draft.responses[:1], [True])
+    if "completion" in row and "prompt" in row:
+        prompt = text_or_messages(row, "prompt")
+        return Draft(prompt, [as_response(prompt, text_or_messages(row, "completion"))], [True])
+    for key in ("messages", "conversations"):
+        if key in row:
+            prompt, response = split_messages(with_system(row, messages_field(row, key)), train_on)
+            return Draft(prompt, [response], [True])
+    if "instruction" in row and "output" in row:
+        task, given, answer = (text_field({"input": "", **row}, key) for key in ("instruction", "input", "output"))
+        if chat:
+            prompt = with_system(row, [{"role": "user", "content": f"{task}\n{given}" if given else task}])
+            return Draft(prompt, [[{"role": "assistant", "content": answer}]], [True])
+        given = (", paired with an input that provides further context", f"### Input:\n{given}\n\n") if given else ("", "")
+        return Draft(ALPACA.format(given[0], task, given[1]), [answer], [True])
+    if "text" in row:
+        return Draft("", [text_field(row, "text")], [True])
+    raise ValueError(f"found keys {list(row)}; expected prompt and completion, messages, conversations, "
+                     f"instruction and output, or text")
+
+
+def shared_prompt(chosen: str | list, rejected: str | list) -> int:
+    """Length of the prompt that two whole texts or conversations begin with: up to the last common '\\n\\nAssistant:'
+    of an HH transcript, else the common words; of messages, the common ones, the last assistant turn apart."""
+    common = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+    if isinstance(chosen, list):
+        return min(common, len(chosen) - 1, len(rejected) - 1)
+    mark = "\n\nAssistant:"
+    if chosen.startswith("\n\nHuman:") and mark in chosen[:common]:
+        return chosen.rfind(mark, 0, common) + len(mark)
+    return max(chosen.rfind(white, 0, common) for white in " \n\t") + 1 if common < len(chosen) else common
+
+
+def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
+    """{prompt, chosen, rejected} as text or messages; {chosen, rejected} as whole texts or conversations that share a
+    prompt, HH transcripts included; ShareGPT {conversations, chosen, rejected}."""
+    missing = [key for key in ("chosen", "rejected") if key not in row]
+    if missing:
+        raise ValueError(f"found keys {list(row)}; expected chosen and rejected, and prompt or conversations beside them "
+                         f"unless both begin with the prompt")
+    chosen, rejected = text_or_messages(row, "chosen"), text_or_messages(row, "rejected")
+    key = next((key for key in ("prompt", "conversations", "messages") if key in row), None)
+    if key:
+        prompt = text_or_messages(row, key)
+        if isinstance(prompt, str) and isinstance(chosen, list):
+            prompt = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, list):
+            prompt = with_system(row, prompt)
+            chosen, rejected = (r[len(prompt):] if r[:len(prompt)] == prompt else r for r in (chosen, rejected))
+    elif type(chosen) is type(rejected):
+        length = shared_prompt(chosen, rejected)
+        prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
+    else:
+        raise ValueError("'chosen' and 'rejected' should both be text or both be messages")
+    return Draft(prompt, [as_response(prompt, chosen), as_response(prompt, rejected)], [True, False], [(0, 1)])
+
+
+def prompt_row(row: dict, train_on: str, chat: bool) -> Draft:
+    """{prompt} as text or messages; other columns are kept for whoever checks the answer."""
+    if "prompt" not in row:
+        raise ValueError(f"found keys {list(row)}; expected prompt")
+    return Draft(text_or_messages(row, "prompt"), [], [])
+
+
+FORMATS = {"sft": sft_row, "preference": preference_row, "prompts": prompt_row}
+TRAIN_ON = {"sft": "all", "preference": "last", "prompts": "last"}  # which assistant turns, unless the config says
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+
+
+class Tokenizer:
+    """tokenizer.json of a model folder, its special tokens, and its chat template in jinja2's sandbox."""
+
+    def __init__(self, folder: Path, chat_template: str = ""):
+        self.folder = Path(folder)
+        if not (self.folder / "tokenizer.json").is_file():
+            raise ValueError(f"{folder}: no tokenizer.json there")
+        self.fast = FastTokenizer.from_file(str(self.folder / "tokenizer.json"))
+        self.fast.no_padding()
+        self.fast.no_truncation()
+        path = self.folder / "tokenizer_config.json"
+        config = read_json(path) if path.is_file() else {}
+        text = {kind: (t["content"] if isinstance(t := config.get(f"{kind}_token"), dict) else t) for kind in ("bos", "eos")}
+        self.bos_token, self.eos_token = text["bos"] or "", text["eos"] or ""
+        self.bos, self.eos = (self.fast.token_to_id(t) if t else None for t in (self.bos_token, self.eos_token))
+        if self.eos is None:
+            raise ValueError(f"{path}: eos_token {text['eos']!r} is not a token of tokenizer.json")
+        self.adds_bos = self.bos is not None and config.get(
+            "add_bos_token", self.fast.encode("a").ids[:1] == [self.bos])
+        self.dummy_prefix = self.fast.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581")  # SentencePiece
+        self.special = {i for i, token in self.fast.get_added_tokens_decoder().items() if token.special}
+        self.chat_template = self._template(chat_template, config)
+
+    def _template(self, asked: str, config: dict) -> str:
+        """The config's (a file, or "chatml"), else the folder's."""
+        if asked == "chatml":
+            return CHATML
+        if asked:
+            if not Path(asked).is_file():
+                raise ValueError(f"chat_template {asked!r} is neither 'chatml' nor a file")
+            return Path(asked).read_text(encoding="utf-8")
+        file, template = self.folder / "chat_template.jinja", config.get("chat_template") or ""
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        if isinstance(template, list):  # several named ones
+            template = {t["name"]: t["template"] for t in template}.get("default", "")
+        return template
+
+    def render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        if not self.chat_template:
+            raise ValueError(f"messages need a chat template and {self.folder} has none; set chat_template to a file "
+                             f"with one, or to 'chatml'")
+        try:
+            return compile_template(self.chat_template).render(
+                messages=messages, add_generation_prompt=add_generation_prompt,
+                bos_token=self.bos_token, eos_token=self.eos_token)
+        except Exception as error:  # a template is the user's code: say what it said
+            raise ValueError(f"chat template: {type(error).__name__}: {error}") from None
+
+    def continuation(self, text: str):
+        """The encoding of text that follows other text: without the dummy prefix that SentencePiece puts first.
+        Returns ids and the (begin, end) of each in characters."""
+        encoded = self.fast.encode(text, add_special_tokens=False)
+        if self.dummy_prefix:
+            joined = self.fast.encode("\n" + text, add_special_tokens=False)
+            kept = [i for i, (begin, end) in enumerate(joined.offsets) if end > 1]
+            if kept and joined.offsets[kept[0]][0] >= 1:
+                return [joined.ids[i] for i in kept], [(b - 1, e - 1) for b, e in (joined.offsets[i] for i in kept)]
+        return encoded.ids, encoded.offsets
+
+    def decode(self, ids: list[int]) -> str:
+        return self.fast.decode(list(ids), skip_special_tokens=True)
+
+
+@lru_cache(maxsize=8)
+def compile_template(source: str):
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise ValueError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
+    return environment.from_string(source)
+
+
+class Example(NamedTuple):
+    prompt: np.ndarray  # ids (int32), never empty: BOS, or EOS where there is no BOS
+    responses: list  # of ids
+    scored: list  # of boolean masks: the tokens that are trained
+    demonstrated: list
+    pairs: list
+    where: str  # file:line
+    row: dict | None = None  # prompts only: what a reward or a check may want
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + sum(map(len, self.responses))
+
+
+def render(draft: Draft, tokenizer: Tokenizer) -> tuple[str, list]:
+    """A draft -> prompt text and, of each response, (text, character spans that are trained or None for all of it)."""
+    if isinstance(draft.prompt, str):
+        return draft.prompt, [(text, None) for text in draft.responses]
+    prompt = tokenizer.render(draft.prompt, add_generation_prompt=True)
+    responses = []
+    for turns in draft.responses:
+        messages, spans, begin = draft.prompt + turns, [], len(prompt)
+        text = tokenizer.render(messages, add_generation_prompt=False)
+        for i in range(len(draft.prompt), len(messages)):
+            if messages[i]["role"] != "assistant":
+                continue
+            before = tokenizer.render(messages[:i], add_generation_prompt=True)
+            after = tokenizer.render(messages[:i + 1], add_generation_prompt=False)
+            if not (text.startswith(after) and after.startswith(before) and before.startswith(prompt)):
+                raise ValueError("the chat template renders an earlier turn in another way once a later one follows; "
+                                 "train_on = 'last' trains the last turn alone")
+            spans.append((len(before) - begin, len(after.rstrip()) - begin))  # templates put a newline behind the EOS
+        responses.append((text[begin:begin + spans[-1][1]], spans))
+    return prompt, responses
+
+
+def tokenize(drafts: list[tuple[str, Draft]], tokenizer: Tokenizer, mode: str, counts: Counter) -> list[Example]:
+    """mode "joint": ids of prompt + response, split at the prompt's own length (where they do not begin with the
+    prompt's ids, and in mode "apart", both are encoded by themselves). BOS once; EOS once, after a whole response."""
+    rendered = []
+    for where, draft in drafts:
+        try:
+            rendered.append(render(draft, tokenizer))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    texts = [text for prompt, responses in rendered
+             for text in (prompt, *(prompt + r for r, _ in responses if mode == "joint"))]
+    encodings, examples = iter(tokenizer.fast.encode_batch(texts, add_special_tokens=False)), []
+    for (where, draft), (prompt, responses) in zip(drafts, rendered):
+        prompt_ids, all_ids, all_scored = next(encodings).ids, [], []
+        for text, spans in responses:
+            joint = next(encodings) if mode == "joint" else None
+            if joint and joint.ids[:len(prompt_ids)] == prompt_ids:
+                ids, offsets, begin = joint.ids[len(prompt_ids):], joint, len(prompt)
+            else:
+                counts["apart"] += mode == "joint"
+                (ids, offsets), begin = tokenizer.continuation(text), 0
+            if spans is None:
+                ids, scored = ids + [tokenizer.eos], np.ones(len(ids) + 1, bool)
+            else:
+                offsets = offsets.offsets[len(prompt_ids):] if begin else offsets
+                starts = np.array([o[0] for o in offsets], int) - begin
+                scored = np.zeros(len(ids), bool)
+                for first, last in spans:
+                    scored |= (starts >= first) & (starts < last)
+                if not ids or ids[-1] not in tokenizer.special:  # the template does not close the turn itself
+                    ids, scored = ids + [tokenizer.eos], np.append(scored, True)
+            all_ids.append(np.array(ids, np.int32))
+            all_scored.append(scored)
+        text = isinstance(draft.prompt, str)  # a template writes its own BOS
+        if text and tokenizer.adds_bos and prompt_ids[:1] != [tokenizer.bos] or not prompt_ids:
+            prompt_ids = [tokenizer.eos if tokenizer.bos is None else tokenizer.bos, *prompt_ids]
+        examples.append(Example(np.array(prompt_ids, np.int32), all_ids, all_scored, draft.demonstrated, draft.pairs, where))
+    return examples
+
+
+def truncate(example: Example, max_length: int, max_prompt_length: int, how: str, counts: Counter) -> Example | None:
+    """Fit prompt + each response into max_length tokens: the prompt loses its left (BOS stays) down to max_prompt_length
+    (0: half of max_length, and only where the row does not fit), the responses lose their right. None: dropped."""
+    longest = max(map(len, example.responses), default=0)
+    room = max_prompt_length or (max_length // 2 if len(example.prompt) + longest > max_length else max_length)
+    if len(example.prompt) > room or len(example.prompt) + longest > max_length:
+        if how == "error":
+            raise ValueError(f"{example.where}: {len(example.prompt)} prompt + {longest} response tokens do not fit "
+                             f"max_length {max_length}, max_prompt_length {max_prompt_length}; truncation = 'cut' or 'drop'")
+        if how == "drop":
+            counts["dropped"] += 1
+            return None
+        counts["truncated"] += 1
+        if len(example.prompt) > room:
+            kept = example.prompt[len(example.prompt) - room + 1:] if room > 1 else example.prompt[:0]
+            example = example._replace(prompt=np.concatenate([example.prompt[:1], kept]) if len(kept) else example.prompt[-1:])
+        left = max_length - len(example.prompt)
+        example = example._replace(responses=[ids[:left] for ids in example.responses],
+                                   scored=[mask[:left] for mask in example.scored])
+    if example.responses and not all(mask.any() for mask in example.scored):
+        counts["dropped"] += 1
+        return None
+    return example
+
+
+COUNTS = ("read", "used", "truncated", "dropped", "bad", "apart")  # apart: joint ids did not begin with the prompt's
+
+
+class Dataset(NamedTuple):
+    examples: list
+    offsets: np.ndarray  # (len + 1,) scored tokens before each example: where its columns lie in a flat table
+    counts: Counter  # of rows: COUNTS
+
+    def __len__(self):
+        return len(self.examples)
+
+
+def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: bool = True) -> Dataset:
+    """Read, tokenize and truncate every row; a malformed one stops the run unless bad_rows = "skip"."""
+    train_on, chat, counts = cfg.train_on or TRAIN_ON[kind], bool(tokenizer.chat_template), Counter()
+    examples, drafts, rows = [], [], {}
+
+    def flush():
+        for example in tokenize(drafts, tokenizer, cfg.tokenize, counts):
+            example = truncate(example, cfg.max_length, cfg.max_prompt_length, cfg.truncation, counts)
+            if example is not None:
+                examples.append(example._replace(row=rows.get(example.where)))
+        drafts.clear()
+        rows.clear()
+
+    for where, row in tqdm(read_rows(paths), desc="tokenizing", unit=" rows", disable=not show, leave=False):
+        counts["read"] += 1
+        try:
+            row = json.loads(row) if isinstance(row, str) else row
+            if not isinstance(row, dict):
+                raise ValueError(f"expected an object, found {type(row).__name__}")
+            draft = FORMATS[kind](row, train_on, chat)
+        except ValueError as error:
+            if cfg.bad_rows == "skip":
+                counts["bad"] += 1
+                continue
+            raise ValueError(f"{where}: {error}") from None
+        drafts.append((where, draft))
+        if not draft.responses:
+            rows[where] = row
+        if len(drafts) == 1024:
+            flush()
+    flush()
+    counts["used"] = len(examples)
+    if not examples:
+        raise ValueError(f"{paths}: no row left to train on ({dict(counts)})")
+    scored = [sum(int(mask.sum()) for mask in e.scored) for e in examples]
+    return Dataset(examples, np.concatenate([[0], np.cumsum(scored, dtype=np.int64)]), counts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
+
+
+def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
+    return -(-len(dataset) // batch_size)
+
+
+def step_rows(dataset: Dataset, step: int, batch_size: int, seed: int) -> np.ndarray:
+    """Indices of the examples of an optimizer step: a function of (seed, step). Each epoch is its own shuffle; the last
+    step of an epoch is what is left."""
+    epoch, at = divmod(step, steps_per_epoch(dataset, batch_size))
+    order = np.random.default_rng((seed, epoch)).permutation(len(dataset))
+    return order[at * batch_size:(at + 1) * batch_size]
+
+
+def in_order(dataset: Dataset, size: int = 256) -> list[np.ndarray]:
+    """All examples in pieces that are packed together: for passes that do not train."""
+    return np.split(np.arange(len(dataset)), range(size, len(dataset), size))
+
+
+def stream_length(datasets: list[Dataset], batch_size: int, asked: int) -> int:
+    """T. 0: what holds the largest tree, and as much of an average step as 4,096 tokens take; a multiple of 128."""
+    largest = max((e for d in datasets for e in d.examples), key=lambda e: e.length)
+    if asked and asked < largest.length:
+        raise ValueError(f"{largest.where}: a prompt with its responses takes {largest.length} tokens and "
+                         f"micro_batch_tokens is {asked}; set it to {-(-largest.length // 128) * 128} or to 0, or cut max_length")
+    step = batch_size * sum(e.length for e in datasets[0].examples) // len(datasets[0])
+    return asked or -(-max(largest.length, min(4096, step)) // 128) * 128
+
+
+def pack(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Best fit, longest first: bins of indices whose lengths add up to at most capacity."""
+    bins, left = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fits = [b for b, room in enumerate(left) if room >= lengths[i]]
+        if not fits:
+            bins.append([])
+            left.append(capacity)
+        b = min(fits, key=lambda b: left[b]) if fits else -1
+        bins[b].append(i)
+        left[b] -= lengths[i]
+    return bins
+
+
+def count(examples: list[Example]) -> dict[str, int]:
+    """What the terms of a loss are divided by, over a whole step."""
+    scored = [int(mask.sum()) for e in examples for mask in e.scored]
+    shown = [d for e in examples for d in e.demonstrated]
+    return {"stream_tokens": sum(e.length for e in examples), "tokens": sum(scored), "responses": len(scored),
+            "demonstrated_tokens": sum(n for n, d in zip(scored, shown) if d), "demonstrations": sum(shown),
+            "pairs": sum(len(e.pairs) for e in examples), "examples": len(examples)}
+
+
+class Layout(NamedTuple):
+    """How a stream is laid out: fixed for a run."""
+    tokens: int  # T
+    varlen: bool  # index tensors of the CUDA kernel rather than of grouped SDPA
+    static: bool  # pad T to one of three sizes and N to whole head chunks, so that compiled shapes are few
+    chunk: int  # rows of a head chunk
+    device: str
+
+
+def micro_batches(dataset: Dataset, rows: np.ndarray, layout: Layout, rank: int = 0, world: int = 1):
+    """The examples of a step, packed; this rank's share of the streams, and the counts over all of them.
+
+    Which examples share a stream does not depend on the number of ranks. A rank without a share gets a stream with
+    nothing to score, so that it takes part in every collective.
+    """
+    examples = [dataset.examples[i] for i in rows]
+    streams = pack([e.length for e in examples], layout.tokens)
+    shares = streams[rank::world] or [[]]
+    return [build([(int(rows[i]), examples[i]) for i in share], dataset, layout) for share in shares], count(examples)
+
+
+def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) -> dict:
+    """Examples of one stream -> its tensors (T,), (N,), (R,), (P,) and, on the host, its sizes."""
+    tokens, positions, spans = [], [], []  # a span: begin, length, begin and length of the prompt it also sees
+    columns = {"predict_from": [], "target": [], "response": [], "place": [], "scored_index": []}
+    lengths, demonstrated, pairs, rows, at = [], [], [], [], 0
+    for index, e in members:
+        begin, n, seen = at, len(e.prompt), int(dataset.offsets[index])
+        tokens.append(e.prompt)
+        positions.append(np.arange(n))
+        spans.append((begin, n, begin, 0))
+        at += n
+        pairs += [(len(lengths) + a, len(lengths) + b) for a, b in e.pairs]
+        for ids, scored, shown in zip(e.responses, e.scored, e.demonstrated):
+            places = np.flatnonzero(scored)
+            before = at + places - 1  # a token is predicted one place before itself, the first one at the prompt's end
+            before[places == 0] = begin + n - 1
+            columns["predict_from"].append(before)
+            columns["target"].append(ids[places])
+            columns["response"].append(np.full(len(places), len(lengths)))
+            columns["place"].append(np.arange(len(places)))
+            columns["scored_index"].append(seen + np.arange(len(places)))
+            tokens.append(ids)
+            positions.append(n + np.arange(len(ids)))
+            spans.append((at, len(ids), begin, n))
+            at, seen = at + len(ids), seen + len(places)
+            lengths.append(len(places))
+            demonstrated.append(shown)
+            rows.append(index)
+    length = max(at, 1)
+    if layout.static:
+        length = next(size for size in (layout.tokens // 4, layout.tokens // 2, layout.tokens) if size >= at)
+    for start in range(at, length, 128):  # padding: segments of its own, that nothing scored sees
+        n = min(128, length - start)
+        tokens.append(np.zeros(n, np.int32))
+        positions.append(np.arange(n))
+        spans.append((start, n, start, 0))
+    scored = sum(lengths)
+    extra = -scored % layout.chunk + (layout.chunk if not scored else 0) if layout.static else 0
+    fill = {"response": len(lengths)}  # padding lands in a row past the last response
+    flat = {name: np.concatenate([*parts, np.full(extra, fill.get(name, 0))]).astype(np.int64)
+            for name, parts in columns.items()}
+    flat.update(tokens=np.concatenate(tokens).astype(np.int64), positions=np.concatenate(positions),
+                lengths=np.array(lengths, np.int64), demonstrated=np.array(demonstrated, bool), rows=np.array(rows, np.int64),
+                chosen=np.array([a for a, _ in pairs], np.int64), rejected=np.array([b for _, b in pairs], np.int64))
+    sizes = {"num_responses": len(lengths), "longest": max(lengths, default=0), "scored": scored}
+    flat.update((varlen_segments if layout.varlen else grouped_segments)(spans))
+    return {**sizes, **to_device(flat, layout.device)}
+
+
+def to_device(values: dict, device: str) -> dict:
+    moved = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in values.items()}
+    if device == "cuda":
+        moved = {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in moved.items()}
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in moved.items()}
+
+
+def varlen_segments(spans: list) -> dict:
+    """Index tensors of the variable-length kernel: keys gathered, cumulative lengths padded to a multiple of 64."""
+    lengths_q = [n for _, n, _, _ in spans]
+    lengths_k = [n + shared for _, n, _, shared in spans]
+    key_index = np.concatenate([np.r_[p:p + shared, b:b + n] for b, n, p, shared in spans])
+    pad = -(len(spans) + 1) % 64
+    cu_q, cu_k = (np.pad(np.cumsum([0, *lengths]), (0, pad), mode="edge").astype(np.int32) for lengths in (lengths_q, lengths_k))
+    up = lambda n: 1 << (n - 1).bit_length()
+    return {"key_index": key_index, "cu_q": cu_q, "cu_k": cu_k, "max_q": up(max(lengths_q)), "max_k": up(max(lengths_k))}
+
+
+def grouped_segments(spans: list) -> dict:
+    """Index tensors of grouped attention: segments whose query and key lengths round up to the same size share one
+    padded call; offset is the number of keys before a segment's first query."""
+    groups = {}
+    for span in spans:
+        groups.setdefault((rounded(span[1]), rounded(span[1] + span[3])), []).append(span)
+    index_q, index_k, shapes, at = [], [], [], 0
+    inverse = np.empty(sum(span[1] for span in spans), np.int64)
+    for members in groups.values():
+        begin, n, prompt, shared = np.array(members).T[..., None]  # (B, 1) each
+        length_q, length_k = int(n.max()), int((n + shared).max())
+        place = np.arange(length_k)
+        index_k.append(np.where(place < shared, prompt + place, np.where(place < shared + n, begin + place - shared, prompt)).ravel())
+        place = np.arange(length_q)
+        real = place < n
+        index_q.append(np.where(real, begin + place, begin).ravel())
+        inverse[(begin + place)[real]] = at + np.flatnonzero(real)
+        at += real.size
+        shapes.append((len(members), length_q, length_k, torch.from_numpy(shared[:, 0].copy())))
+    return {"group_q": np.concatenate(index_q), "group_k": np.concatenate(index_k), "group_inverse": inverse,
+            "groups": shapes, "masks": {}}
+
+
+def rounded(length: int) -> int:
+    """Up to the next of 8, 12, 16, 24, 32, 48, 64, ...: at most half as much again."""
+    power = 1 << max(3, (length - 1).bit_length())
+    return power * 3 // 4 if length <= power * 3 // 4 and power > 8 else power

@@ -1,0 +1,483 @@
+"""One decoder for Llama, Mistral, Qwen2, Qwen3 and GPT-2, with Hugging Face's parameter names; its heads; load and save.
+
+A family is a row of the table `FAMILIES`: which of a few switches it sets. GPT-2's own names are translated at the door.
+
+Shapes: T stream tokens, S segments, H query heads, K key-value heads, E head width, D width, V vocabulary.
+"""
+import inspect
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+
+from losses import linear_log_probs
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shape: what config.json says, in one vocabulary for every family
+
+
+@dataclass(frozen=True)
+class Shape:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    max_positions: int
+    tied: bool  # lm_head shares the embedding
+    rope: dict | None = None  # None: learned positions (GPT-2)
+    windows: tuple = ()  # sliding window of each layer in positions, 0: none
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    gpt2: bool = False  # LayerNorm, plain GELU MLP, learned positions
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_attention_heads {self.num_heads} is not a multiple of "
+                             f"num_key_value_heads {self.num_kv_heads}")
+
+
+def _llama(c: dict) -> Shape:
+    heads = c["num_attention_heads"]
+    if c.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act {c['hidden_act']!r} is not implemented (silu is)")
+    rope = {"rope_theta": c.get("rope_theta", 10000.0), **(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
+    return Shape(
+        vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], intermediate_size=c["intermediate_size"],
+        num_layers=c["num_hidden_layers"], num_heads=heads, num_kv_heads=c.get("num_key_value_heads") or heads,
+        head_dim=c.get("head_dim") or c["hidden_size"] // heads, norm_eps=c.get("rms_norm_eps", 1e-6),
+        max_positions=c.get("max_position_embeddings", 2048), tied=c.get("tie_word_embeddings", False), rope=rope,
+        windows=(0,) * c["num_hidden_layers"], qkv_bias=c.get("attention_bias", False),
+        o_bias=c.get("attention_bias", False), mlp_bias=c.get("mlp_bias", False))
+
+
+def _mistral(c: dict) -> Shape:
+    return replace(_llama(c), windows=(c.get("sliding_window") or 0,) * c["num_hidden_layers"])
+
+
+def _qwen2(c: dict) -> Shape:
+    shape, window = _llama(c), c.get("sliding_window") or 0
+    first = c.get("max_window_layers", 28) if c.get("use_sliding_window") else shape.num_layers
+    kinds = c.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(shape.num_layers)]
+    return replace(shape, windows=tuple(window if kind == "sliding_attention" else 0 for kind in kinds),
+                   qkv_bias=True, o_bias=False)
+
+
+def _qwen3(c: dict) -> Shape:
+    bias = c.get("attention_bias", False)
+    return replace(_qwen2(c), head_dim=c.get("head_dim") or 128, qkv_bias=bias, o_bias=bias, qk_norm=True)
+
+
+def _gpt2(c: dict) -> Shape:
+    for key, plain in {"scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
+                       "scale_attn_weights": True, "activation_function": "gelu_new"}.items():
+        if c.get(key, plain) != plain:
+            raise ValueError(f"{key} = {c[key]!r} is not implemented ({plain!r} is)")
+    width, heads, layers = c["n_embd"], c["n_head"], c["n_layer"]
+    return Shape(
+        vocab_size=c["vocab_size"], hidden_size=width, intermediate_size=c.get("n_inner") or 4 * width, num_layers=layers,
+        num_heads=heads, num_kv_heads=heads, head_dim=width // heads, norm_eps=c.get("layer_norm_epsilon", 1e-5),
+        max_positions=c["n_positions"], tied=c.get("tie_word_embeddings", True), windows=(0,) * layers,
+        qkv_bias=True, o_bias=True, mlp_bias=True, gpt2=True)
+
+
+FAMILIES = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3, "gpt2": _gpt2}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                 "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
+
+
+def read_shape(config: dict, where: str) -> Shape:
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"{where}: model_type {family!r} is not known; known: {', '.join(FAMILIES)}")
+    try:
+        return FAMILIES[family](config)
+    except KeyError as missing:
+        raise ValueError(f"{where}: a {family} model needs the key {missing}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotary positions
+
+
+def rope_frequencies(rope: dict, head_dim: int, device=None) -> Tensor:
+    """Angle per position of each rotary pair (E/2,), fp32; llama3 scaling as in Llama 3.1."""
+    kind, theta = rope.get("rope_type", rope.get("type", "default")), rope["rope_theta"]
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not implemented")
+    frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim)
+    if kind == "default":
+        return frequency
+    if kind == "linear":
+        return frequency / rope["factor"]
+    if kind == "llama3":
+        factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # over the original context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: high frequency, as it was; 0: slowed by the factor
+        return frequency * keep + frequency / factor * (1 - keep)
+    raise ValueError(f"rope_scaling type {kind!r} is not implemented; known: default, linear, llama3")
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (T, H, E), cos and sin (T, 1, E/2): rotate pair (i, i + E/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention over a packed, prefix-shared stream. A segment is a prompt, which sees itself, or a response, which sees its
+# prompt and itself: its keys are gathered, so that a key's place among them is its position, and the causal mask (and a
+# sliding window) is aligned at the bottom right. data.segments builds the index tensors.
+
+_VARLEN = inspect.signature(varlen_attn).parameters  # torch 2.11 to 2.13 name the causal switch differently
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, batch: dict, window: int) -> Tensor:
+    """q (T, H, E), k and v (T, K, E) -> (T, H, E)."""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(q, k, v, batch, window)
+    return _grouped(q, k, v, batch, window)
+
+
+def _varlen(q, k, v, batch, window):
+    """One variable-length flash kernel for the whole stream."""
+    k, v = k[batch["key_index"]], v[batch["key_index"]]
+    causal = {"window_size": (window - 1 if window else -1, 0)} if "window_size" in _VARLEN else {"is_causal": True}
+    if window and "window_size" not in _VARLEN:
+        raise ValueError("sliding windows on CUDA need a torch whose varlen_attn has window_size")
+    if "enable_gqa" in _VARLEN:
+        causal["enable_gqa"] = True
+    elif q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return varlen_attn(q.contiguous(), k, v, batch["cu_q"], batch["cu_k"], batch["max_q"], batch["max_k"], **causal)
+
+
+def _grouped(q, k, v, batch, window):
+    """Segments of similar lengths side by side in one padded SDPA call per group: any device, any dtype."""
+    q, k, v = q.index_select(0, batch["group_q"]), k.index_select(0, batch["group_k"]), v.index_select(0, batch["group_k"])
+    out, at_q, at_k = [], 0, 0
+    for rows, length_q, length_k, offset in batch["groups"]:  # offset (B,): keys before the first query
+        blocks = [x[at:at + rows * length].view(rows, length, -1, x.shape[-1]).transpose(1, 2)  # (B, H, L, E)
+                  for x, at, length in ((q, at_q, length_q), (k, at_k, length_k), (v, at_k, length_k))]
+        at_q, at_k = at_q + rows * length_q, at_k + rows * length_k
+        mask = batch["masks"].get((at_q, window))  # the same for every layer
+        if mask is None:
+            place = torch.arange(length_q, device=q.device)[:, None] + offset.to(q.device)[:, None, None]  # (B, Lq, 1) as a key's place
+            distance = place - torch.arange(length_k, device=q.device)  # (B, Lq, Lk)
+            mask = (distance >= 0) & (distance < window if window else True)
+            mask = batch["masks"][at_q, window] = mask[:, None]
+        attended = F.scaled_dot_product_attention(*blocks, attn_mask=mask, enable_gqa=True)
+        out.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(out).index_select(0, batch["group_inverse"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The decoder
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+def norm(shape: Shape) -> nn.Module:
+    return (nn.LayerNorm if shape.gpt2 else RMSNorm)(shape.hidden_size, eps=shape.norm_eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.head_dim, width = shape.head_dim, shape.hidden_size
+        self.q_proj = nn.Linear(width, shape.num_heads * shape.head_dim, bias=shape.qkv_bias)
+        self.k_proj = nn.Linear(width, shape.num_kv_heads * shape.head_dim, bias=shape.qkv_bias)
+        self.v_proj = nn.Linear(width, shape.num_kv_heads * shape.head_dim, bias=shape.qkv_bias)
+        self.o_proj = nn.Linear(shape.num_heads * shape.head_dim, width, bias=shape.o_bias)
+        self.q_norm = RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else nn.Identity()
+
+    def project(self, x, rope):
+        """x (T, D) -> q (T, H, E), k and v (T, K, E)."""
+        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.q_norm(q), self.k_norm(k)
+        return (rotate(q, *rope), rotate(k, *rope), v) if rope else (q, k, v)
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
+        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
+        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MLP(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size)
+        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size)
+
+    def forward(self, x):
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Two halves around attention, each one compiled graph: the attention kernel is opaque to the compiler anyway."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.input_layernorm, self.post_attention_layernorm = norm(shape), norm(shape)
+        self.self_attn = Attention(shape)
+        self.mlp = MLP(shape) if shape.gpt2 else GatedMLP(shape)
+
+    def before(self, x, rope):
+        return self.self_attn.project(self.input_layernorm(x), rope)
+
+    def after(self, x, attended):
+        x = x + self.self_attn.o_proj(attended.flatten(-2))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x, rope, attend, layer):
+        """x (T, D); attend(layer, q, k, v) -> (T, H, E) is packed attention or attention over a cache."""
+        return self.after(x, attend(layer, *self.before(x, rope)))
+
+
+class Trunk(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.shape, self.checkpointing = shape, False
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        if shape.gpt2:
+            self.embed_positions = nn.Embedding(shape.max_positions, shape.hidden_size)
+        self.layers = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
+        self.norm = norm(shape)
+
+    def forward(self, tokens, positions, attend):
+        """tokens, positions (T,) -> hidden states after the last norm (T, D)."""
+        x, rope = self.embed_tokens(tokens), None
+        if self.shape.gpt2:
+            x = x + self.embed_positions(positions)
+        else:
+            angle = positions[:, None].float() * rope_frequencies(self.shape.rope, self.shape.head_dim, x.device)
+            low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+            rope = (angle.cos()[:, None].to(low), angle.sin()[:, None].to(low))  # (T, 1, E/2)
+        for layer, block in enumerate(self.layers):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, attend, layer, use_reentrant=False)
+            else:
+                x = block(x, rope, attend, layer)
+        return self.norm(x)
+
+
+def _log_probs(decoder, hidden, batch):
+    """log p of each scored token under the softmax at the place that predicts it, (N,)."""
+    return linear_log_probs(hidden.index_select(0, batch["predict_from"]), decoder.lm_head.weight, batch["target"],
+                            compiled=decoder.compiled)[0]
+
+
+HEADS = {"log_probs": _log_probs}  # stream that a loss reads -> how the model makes it
+
+
+class Decoder(nn.Module):
+    """A trunk and the heads that are read. `config` is its config.json, kept whole for saving."""
+
+    def __init__(self, config: dict, where: str = "config"):
+        super().__init__()
+        self.config, self.shape, self.compiled = config, read_shape(config, where), False
+        self.model = Trunk(self.shape)
+        self.lm_head = nn.Linear(self.shape.hidden_size, self.shape.vocab_size, bias=False)
+        if self.shape.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        if self.shape.rope:
+            rope_frequencies(self.shape.rope, self.shape.head_dim)  # an unknown scaling is an error now, not in step 1
+
+    def forward(self, batch: dict, outputs: list[str]) -> dict[str, Tensor]:
+        """One packed micro-batch -> the named streams, (N,) each."""
+        def attend(layer, q, k, v):
+            return packed_attention(q, k, v, batch, self.shape.windows[layer])
+        hidden = self.model(batch["tokens"], batch["positions"], attend)
+        return {name: HEADS[name](self, hidden, batch) for name in outputs}
+
+    def compile_blocks(self):
+        """Compile in place: parameter names stay clean and every layer shares one graph per half."""
+        self.compiled = True
+        for block in self.model.layers:
+            block.before = torch.compile(block.before, fullgraph=True, dynamic=False)
+            block.after = torch.compile(block.after, fullgraph=True, dynamic=False)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(L,) -> (L, V): one sequence, every position. For tests and for reading; training never builds this."""
+        def attend(layer, q, k, v):
+            distance = torch.arange(len(q), device=q.device)[:, None] - torch.arange(len(q), device=q.device)
+            window = self.shape.windows[layer]
+            mask = (distance >= 0) & (distance < window if window else True)
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+        return self.lm_head(self.model(tokens, torch.arange(len(tokens), device=tokens.device), attend))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders in Hugging Face layout
+
+GPT2_NAMES = (("transformer.wte.", "model.embed_tokens."), ("transformer.wpe.", "model.embed_positions."),
+              ("transformer.h.", "model.layers."), ("transformer.ln_f.", "model.norm."), (".ln_1.", ".input_layernorm."),
+              (".ln_2.", ".post_attention_layernorm."), (".attn.c_proj.", ".self_attn.o_proj."),
+              (".mlp.c_fc.", ".mlp.up_proj."), (".mlp.c_proj.", ".mlp.down_proj."))
+CONV1D = (".o_proj.weight", ".up_proj.weight", ".down_proj.weight")  # GPT-2 keeps these transposed
+
+
+def from_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """GPT-2's names and layouts -> ours: renamed, transposed, the fused qkv split."""
+    ours = {}
+    for name, tensor in state.items():
+        if name.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks that old checkpoints carry
+            continue
+        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        for theirs, mine in GPT2_NAMES:
+            name = name.replace(theirs, mine)
+        if ".attn.c_attn." in name:
+            for part, piece in zip("qkv", tensor.chunk(3, dim=-1)):
+                ours[name.replace(".attn.c_attn.", f".self_attn.{part}_proj.")] = piece.t() if piece.dim() == 2 else piece
+        else:
+            ours[name] = tensor.t() if name.endswith(CONV1D) else tensor
+    return ours
+
+
+def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of from_gpt2."""
+    theirs = {}
+    for name, tensor in state.items():
+        if ".q_proj." in name:
+            parts = [state[name.replace(".q_proj.", f".{p}_proj.")] for p in "qkv"]
+            name, tensor = name.replace(".self_attn.q_proj.", ".attn.c_attn."), torch.cat(parts).t()
+        elif ".k_proj." in name or ".v_proj." in name:
+            continue
+        elif name.endswith(CONV1D):
+            tensor = tensor.t()
+        for their, mine in GPT2_NAMES:
+            name = name.replace(mine, their)
+        theirs[name] = tensor
+    return theirs
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def find_folder(name: str) -> Path:
+    """A local folder as it is, or a hub name (owner/name) downloaded when online. Remote code is never run."""
+    if Path(name, "config.json").is_file():
+        return Path(name)
+    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"{name}: no config.json there; expected a model folder in Hugging Face layout, "
+                         f"a hub name (owner/name), a config file (.py) or 'scratch'")
+    try:
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except Exception as error:
+        raise ValueError(f"{name}: not a local folder, and not to be had from the hub: {error}") from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json names."""
+    index = folder / "model.safetensors.index.json"
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    state = {}
+    for file in files:
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder}: {file} is missing (weights are read from safetensors only, never from pickles)")
+        try:
+            with safe_open(folder / file, framework="pt") as tensors:
+                state.update({name: tensors.get_tensor(name) for name in tensors.keys()})
+        except Exception as error:
+            raise ValueError(f"{folder / file}: {error}") from None
+    return state
+
+
+def load(folder: Path) -> tuple[Decoder, torch.dtype]:
+    """A model in fp32 (master weights; fp64 stays), and the dtype its folder has. Every tensor is accounted for."""
+    config = read_json(folder / "config.json")
+    with torch.device("meta"):
+        decoder = Decoder(config, str(folder / "config.json"))
+    state = read_weights(folder)
+    if decoder.shape.gpt2:
+        state = from_gpt2(state)
+    saved = max((t.dtype for t in state.values()), key=[t.dtype for t in state.values()].count)
+    state = {name: t for name, t in state.items() if not name.endswith("rotary_emb.inv_freq")}
+    if decoder.shape.tied:
+        state.setdefault("model.embed_tokens.weight", state.get("lm_head.weight"))
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    expected = decoder.state_dict()
+    for problem, names in (("are missing", expected.keys() - state.keys()), ("are not known", state.keys() - expected.keys())):
+        if names:
+            raise ValueError(f"{folder}: {len(names)} tensors of a {config['model_type']} model {problem}: "
+                             f"{', '.join(sorted(names)[:4])}{' ...' if len(names) > 4 else ''}")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{folder}: {name} is {list(tensor.shape)}, config.json says {list(expected[name].shape)}")
+    wide = torch.float64 if saved == torch.float64 else torch.float32
+    decoder.load_state_dict({name: t.to(wide).contiguous() for name, t in state.items()}, assign=True)
+    if decoder.shape.tied:
+        decoder.lm_head.weight = decoder.model.embed_tokens.weight
+    return decoder.requires_grad_(True), saved
+
+
+def scratch(config: dict, seed: int) -> Decoder:
+    """A new model: normal(0, 0.02), residual outputs scaled by 1/sqrt(2 layers) as in GPT-2; the same on every device."""
+    decoder = Decoder(config, "scratch")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if parameter.dim() == 2:
+                scale = (2 * decoder.shape.num_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+                parameter.normal_(0, 0.02 * scale, generator=generator)
+            elif name.endswith("bias"):
+                parameter.zero_()
+    return decoder
+
+
+def save(decoder: Decoder, folder: Path, dtype: torch.dtype, tokenizer_from: Path):
+    """Write a folder that transformers and vLLM load as it is: tied weights once, the tokenizer's files beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: p.detach().to("cpu", dtype) for name, p in decoder.named_parameters()}  # shared parameters once
+    if decoder.shape.gpt2:
+        state = to_gpt2(state)
+    save_file({name: t.contiguous() for name, t in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    family = decoder.config["model_type"]
+    config = {"architectures": [ARCHITECTURES[family]], **decoder.config,
+              "tie_word_embeddings": decoder.shape.tied, "torch_dtype": str(dtype).removeprefix("torch.")}
+    config.pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+                 "chat_template.jinja"):
+        if (tokenizer_from / name).is_file():
+            shutil.copyfile(tokenizer_from / name, folder / name)

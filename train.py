@@ -1,0 +1,399 @@
+"""Train any objective: `python train.py --config configs/dpo.py [--key=value ...]`, or under torchrun on many GPUs.
+
+Reads top to bottom in the order in which things happen: machine, stage, model, data, columns, the loop, files.
+Nothing here knows an objective by name: what a loss needs follows from what it reads (losses.READINGS).
+"""
+import contextlib
+import functools
+import gc
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import config
+import data
+import losses
+import model
+import reference
+import rollout
+
+
+class Machine(NamedTuple):
+    """Where a run computes: this process's place among the ranks, its device and precision."""
+    rank: int
+    world: int
+    device: str
+    dtype: torch.dtype  # of compute
+    compiled: bool
+
+    def autocast(self):
+        low = self.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(self.device, self.dtype) if low else contextlib.nullcontext()
+
+    def sum(self, tensor):
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+
+def find_machine(cfg) -> Machine:
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    cuda = device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise ValueError("device = 'cuda', and torch finds no CUDA device; install a CUDA build of torch, or --device=cpu")
+    if "RANK" in os.environ and not dist.is_initialized():  # torchrun
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if cuda else "float32"
+    return Machine(rank, world, device, getattr(torch, dtype), cuda if cfg.compile == "auto" else cfg.compile)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run and the stage it starts from
+
+
+def train(cfg):
+    """One run, from a resolved config to out_dir/model."""
+    machine, digest, out = find_machine(cfg), config.digest(cfg), Path(cfg.out_dir)
+    say = print if machine.rank == 0 else lambda *_: None
+    start_from = run_stage(cfg, machine, say) if cfg.init_from.endswith(".py") else cfg.init_from
+    if out.exists() and any(out.iterdir()) and not cfg.resume:
+        raise ValueError(f"out_dir {cfg.out_dir} is not empty; go on with --resume, name another --out_dir, or remove it")
+    machine.barrier()
+    out.mkdir(parents=True, exist_ok=True)
+    if machine.rank == 0:
+        write_json(out / "run.json", {"digest": digest, "config": config.as_json(cfg)})
+
+    # Model and rows
+    load = functools.partial(load_model, cfg, machine)
+    tokenizer_folder = Path(cfg.tokenizer) if cfg.tokenizer else model.find_folder(start_from)
+    tokenizer = data.Tokenizer(tokenizer_folder, cfg.chat_template)
+    decoder, saved_dtype = load(start_from, tokenizer)
+    terms, kind = config.terms(cfg, machine.compiled), config.data_kind(cfg)
+    datasets = {split: data.load(paths, kind, tokenizer, cfg, machine.rank == 0)
+                for split, paths in (("train", cfg.train_data), ("eval", cfg.eval_data)) if paths}
+    for split, dataset in datasets.items():
+        say(f"{split} rows: " + ", ".join(f"{dataset.counts[name]:,} {name}" for name in data.COUNTS))
+        check_lengths(decoder, dataset)
+    if "train" not in datasets:
+        raise ValueError("train_data is empty; name the files to train on")
+    prompts = data.load(cfg.eval_prompts, "prompts", tokenizer, cfg, False) if cfg.eval_prompts else None
+    layout = data.Layout(
+        data.stream_length(list(datasets.values()), cfg.batch_size, cfg.micro_batch_tokens),
+        machine.device == "cuda" and machine.dtype in (torch.bfloat16, torch.float16), machine.compiled,
+        losses.head_chunk(decoder.shape.vocab_size, machine.device), machine.device)
+
+    # What the losses read: outputs of the model, and columns that a source adds to each step
+    outputs = [name for name in losses.streams(terms) if name in model.HEADS]
+    sources = {split: [SOURCES[name](cfg, machine, dataset, layout, functools.partial(load, cfg.reference or start_from, tokenizer))
+                       for name in losses.streams(terms) if name in SOURCES] for split, dataset in datasets.items()}
+
+    # Optimizer and resume
+    decoder.model.checkpointing = cfg.activation_checkpointing
+    wrapped = decoder if machine.world == 1 else DistributedDataParallel(
+        decoder, device_ids=[torch.cuda.current_device()] if machine.device == "cuda" else None,
+        gradient_as_bucket_view=True, broadcast_buffers=False)
+    parameters = list(decoder.parameters())
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": cfg.weight_decay},
+         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}], lr=cfg.lr, betas=cfg.betas, fused=True)
+    scaler = torch.amp.GradScaler(machine.device, enabled=machine.dtype == torch.float16)
+    per_epoch = data.steps_per_epoch(datasets["train"], cfg.batch_size)
+    steps = cfg.max_steps or math.ceil(cfg.epochs * per_epoch)
+    done = resume(out, decoder, optimizer, scaler, machine, say) if cfg.resume else 0
+
+    def evaluate(step: int) -> dict:
+        """The eval rows through the training path without gradient, every rank its share, each row once."""
+        if "eval" not in datasets and prompts is None:
+            return {}
+        metrics, begin = {}, time.perf_counter()
+        with torch.no_grad(), machine.autocast():
+            if "eval" in datasets:
+                dataset, meter = datasets["eval"], Meter()
+                counts = data.count(dataset.examples)
+                for rows in data.in_order(dataset):
+                    batches, _ = data.micro_batches(dataset, rows, layout, machine.rank, machine.world)
+                    for add in sources["eval"]:
+                        add(batches)
+                    for batch in batches:
+                        meter.add(*losses.total(terms, decoder(batch, outputs), batch, counts))
+                metrics |= meter.read(machine)
+            if prompts:
+                metrics["exact_match"] = exact_match(decoder, tokenizer, prompts, cfg, machine)
+        return write_line({"step": step, "split": "eval", **metrics, "seconds": time.perf_counter() - begin})
+
+    def write_line(line: dict) -> dict:
+        if machine.rank == 0:
+            with open(out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        return line
+
+    # The loop
+    first = {} if done else evaluate(0)
+    last, show = first, next((t.objective.show for t in terms if t.objective.show), None)
+    bar = tqdm(total=steps, initial=done, desc=out.name, disable=machine.rank > 0, dynamic_ncols=True,
+               mininterval=0.2 if sys.stderr.isatty() else 30)
+    for step in range(done, steps):
+        begin = time.perf_counter()
+        rows = data.step_rows(datasets["train"], step, cfg.batch_size, cfg.seed)
+        batches, counts = data.micro_batches(datasets["train"], rows, layout, machine.rank, machine.world)
+        for add in sources["train"]:
+            add(batches)
+        meter = Meter()
+        for i, batch in enumerate(batches):
+            waits = machine.world > 1 and i < len(batches) - 1  # gradients are reduced with the last one
+            with wrapped.no_sync() if waits else contextlib.nullcontext():
+                with machine.autocast():
+                    streams = wrapped(batch, outputs)
+                loss, metrics = losses.total(terms, streams, batch, counts)
+                scaler.scale(loss * machine.world).backward()  # DDP averages over ranks, the counts are of all of them
+            meter.add(loss.detach(), metrics)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step, steps)
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        bar.update()
+
+        step += 1  # from here on: steps done
+        if step % cfg.log_every == 0 or step == steps:
+            metrics = meter.read(machine)  # waits for the device
+            seconds = time.perf_counter() - begin
+            line = {"step": step, "split": "train", **metrics, "grad_norm": grad_norm.item(), "lr": learning_rate(cfg, step - 1, steps),
+                    "tokens": counts["stream_tokens"], "tokens_per_second": counts["stream_tokens"] / seconds,
+                    "seconds": seconds, "peak_memory_gb": peak_memory_gb(machine)}
+            write_line(line)
+            bar.set_postfix({"loss": f"{line['loss']:.4f}", **({show.split("/")[-1]: f"{line[show]:.3f}"} if show in line else {}),
+                             "tok/s": f"{line['tokens_per_second']:,.0f}"})
+        if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
+            last = evaluate(step)
+        if cfg.save_every and step % cfg.save_every == 0:
+            save_checkpoint(out, step, decoder, optimizer, scaler, cfg, machine)
+    bar.close()
+
+    # The result
+    if machine.rank == 0:
+        dtype = getattr(torch, cfg.save_dtype) if cfg.save_dtype else saved_dtype
+        publish(out / "model", lambda folder: model.save(decoder, folder, dtype, tokenizer_folder))
+        changes = [f"{name} {first[name]:.4g} -> {last[name]:.4g}" for name in ("loss", show, "exact_match")
+                   if name in first and name in last]
+        say(f"{out}: {'; '.join(['before -> after', *changes]) if changes else 'done'}; model in {out / 'model'}")
+    machine.barrier()
+
+
+def run_stage(cfg, machine: Machine, say: Callable) -> str:
+    """The model folder of another config's run. The run is made first where it is missing, taken up where it was cut
+    off, and made again where it came from another config (the old folder is kept under another name)."""
+    stage = config.load_stage(cfg.init_from, cfg)
+    out, digest = Path(stage.out_dir), config.digest(stage)
+    machine.barrier()
+    found = model.read_json(out / "run.json")["digest"] if (out / "run.json").is_file() else None
+    machine.barrier()  # every rank has looked before any of them writes
+    if found == digest and (out / "model").is_dir():
+        say(f"{cfg.init_from}: {out / 'model'} is there")
+        return str(out / "model")
+    if out.exists() and any(out.iterdir()) and found != digest and machine.rank == 0:
+        aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.old{i}")).exists())
+        out.rename(aside)
+        say(f"{cfg.init_from}: {out} came from another config or seed; kept as {aside}")
+    machine.barrier()
+    say(f"{cfg.init_from}: running this stage first")
+    stage.resume = found == digest
+    train(stage)
+    return str(out / "model")
+
+
+def load_model(cfg, machine: Machine, name: str, tokenizer: data.Tokenizer) -> tuple[model.Decoder, torch.dtype]:
+    """The model a run starts from, or its frozen reference: one way for both, so that they agree to the last bit."""
+    if name == "scratch":
+        if not cfg.scratch or not cfg.tokenizer:
+            raise ValueError("init_from = 'scratch' needs scratch = {model_type, hidden_size, ...} and tokenizer = a folder")
+        tokens = {"vocab_size": tokenizer.fast.get_vocab_size(), "eos_token_id": tokenizer.eos, "bos_token_id": tokenizer.bos}
+        decoder, saved = model.scratch({**tokens, **cfg.scratch}, cfg.seed), torch.float32
+    else:
+        decoder, saved = model.load(model.find_folder(name))
+    if decoder.shape.vocab_size < tokenizer.fast.get_vocab_size():
+        raise ValueError(f"{name}: {decoder.shape.vocab_size} embeddings, and {tokenizer.folder} has "
+                         f"{tokenizer.fast.get_vocab_size()} tokens")
+    decoder = decoder.to(machine.device, torch.float64 if machine.dtype == torch.float64 else torch.float32)
+    if machine.compiled:
+        decoder.compile_blocks()
+    return decoder, saved
+
+
+def check_lengths(decoder, dataset):
+    longest = max(dataset.examples, key=lambda e: len(e.prompt) + max(map(len, e.responses)))
+    length = len(longest.prompt) + max(map(len, longest.responses))
+    if length > decoder.shape.max_positions and decoder.shape.gpt2:
+        raise ValueError(f"{longest.where}: {length} tokens, and the model has {decoder.shape.max_positions} positions; "
+                         f"set max_length to at most that")
+
+
+def reference_source(cfg, machine: Machine, dataset, layout, load: Callable) -> Callable:
+    def frozen():
+        return load()[0].requires_grad_(False)
+    if cfg.reference_live:
+        return reference.live(frozen(), machine.autocast)
+    precision = f"{machine.device} {machine.dtype} {torch.__version__} compiled={machine.compiled} {layout.tokens}"
+    weights = reference.fingerprint(load.args[0], config.as_json(cfg))
+    return reference.from_table(reference.precompute(frozen, weights, dataset, layout, precision, machine, cfg.cache_dir))
+
+
+SOURCES = {"reference_log_probs": reference_source}  # column that a loss reads -> what adds it to the batches of a step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+class Meter:
+    """Sums and counts of a step or an eval, kept on the device until they are read."""
+
+    def __init__(self):
+        self.sums = {}
+
+    def add(self, loss, metrics: dict):
+        for name, pair in {"loss": (loss.detach(), torch.zeros_like(loss)), **metrics}.items():
+            pair = torch.stack([part.double() for part in pair])
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def read(self, machine: Machine) -> dict[str, float]:
+        """name -> mean over all micro-batches and ranks (of the loss: its sum, the shares add up)."""
+        table = machine.sum(torch.stack(list(self.sums.values()))).tolist()
+        return {name: total / (count or 1) for name, (total, count) in zip(self.sums, table) if count or name == "loss"}
+
+
+def learning_rate(cfg, step: int, steps: int) -> float:
+    """lr of a step counted from 0: linear warmup over warmup_steps, then the schedule, which would reach min_lr at the
+    step after the last."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    part = (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)
+    shape = {"constant": 1.0, "linear": 1 - part, "cosine": (1 + math.cos(math.pi * part)) / 2}[cfg.schedule]
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * shape
+
+
+def exact_match(decoder, tokenizer, prompts, cfg, machine: Machine) -> float:
+    """Share of prompts whose greedy answer passes cfg.check."""
+    mine = prompts.examples[machine.rank::machine.world]
+    answers = rollout.generate(decoder, [e.prompt.tolist() for e in mine], max_new_tokens=cfg.max_new_tokens, stop={tokenizer.eos})
+    right = sum(bool(cfg.check(e.row["prompt"], tokenizer.decode(answer), e.row)) for e, answer in zip(mine, answers))
+    return machine.sum(torch.tensor(float(right), device=machine.device)).item() / len(prompts)
+
+
+def peak_memory_gb(machine: Machine) -> float:
+    if machine.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: written under a temporary name, fsynced, renamed
+
+
+def write_json(path: Path, value: dict):
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def publish(folder: Path, write: Callable):
+    """A folder that is whole or not there."""
+    part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    part.mkdir()
+    write(part)
+    for path in [*part.iterdir(), part]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def save_checkpoint(out: Path, step: int, decoder, optimizer, scaler, cfg, machine: Machine):
+    """Master weights, optimizer state and what carries between steps. Rows need no state: they are f(seed, step)."""
+    if machine.rank == 0:
+        def write(folder):
+            weights = dict(decoder.named_parameters())
+            save_file({n: p.detach().contiguous() for n, p in weights.items()}, folder / "model.safetensors")
+            save_file({f"{n}.{key}": value for n, p in weights.items() for key, value in optimizer.state[p].items()},
+                      folder / "optimizer.safetensors")
+            write_json(folder / "state.json", {"step": step, "world_size": machine.world, "scaler": scaler.state_dict(),
+                                               "config": config.as_json(cfg)})
+        publish(out / f"checkpoint-{step}", write)
+        for old in checkpoints(out)[:-cfg.keep_checkpoints]:
+            shutil.rmtree(old)
+    machine.barrier()
+
+
+def resume(out: Path, decoder, optimizer, scaler, machine: Machine, say: Callable) -> int:
+    """Put the newest checkpoint back; metrics past it are dropped. Returns the steps done."""
+    found = checkpoints(out)
+    machine.barrier()
+    folder, step = (found[-1], int(found[-1].name.removeprefix("checkpoint-"))) if found else (None, 0)
+    say(f"resuming from {folder}" if folder else f"{out} holds no checkpoint: starting from step 0")
+    if machine.rank == 0 and (out / "metrics.jsonl").is_file():
+        lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and folder and json.loads(line)["step"] <= step]
+        (out / "metrics.jsonl").write_text("".join(kept))
+    if not folder:
+        return 0
+    weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            parameter.copy_(weights[name])
+            optimizer.state[parameter] = {key: moments[f"{name}.{key}"].to(machine.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+    state = model.read_json(folder / "state.json")
+    if scaler.is_enabled():
+        scaler.load_state_dict(state["scaler"])
+    return step
+
+
+def main(arguments: list[str]):
+    if "--help" in arguments or "-h" in arguments:
+        return print(config.help_text())
+    try:
+        train(config.load(arguments))
+    except ValueError as error:  # raised by this project: the message is for the user; from anywhere else: a bug
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if Path(raised_in).parent != Path(__file__).parent:
+            raise
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            gc.collect()  # DDP's wrapper, before its process group
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
