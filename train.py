@@ -4,7 +4,6 @@ Reads top to bottom in the order in which things happen: machine, stage, model, 
 Nothing here knows an objective by name: what a loss needs follows from what it reads (losses.READINGS).
 """
 import contextlib
-import functools
 import gc
 import json
 import math
@@ -85,10 +84,9 @@ def train(cfg):
         write_json(out / "run.json", {"digest": digest, "config": config.as_json(cfg)})
 
     # Model and rows
-    load = functools.partial(load_model, cfg, machine)
     tokenizer_folder = Path(cfg.tokenizer) if cfg.tokenizer else model.find_folder(start_from)
     tokenizer = data.Tokenizer(tokenizer_folder, cfg.chat_template)
-    decoder, saved_dtype = load(start_from, tokenizer)
+    decoder, saved_dtype = load_model(cfg, machine, start_from, tokenizer)
     terms, kind = config.terms(cfg, machine.compiled), config.data_kind(cfg)
     datasets = {split: data.load(paths, kind, tokenizer, cfg, machine.rank == 0)
                 for split, paths in (("train", cfg.train_data), ("eval", cfg.eval_data)) if paths}
@@ -105,7 +103,7 @@ def train(cfg):
 
     # What the losses read: outputs of the model, and columns that a source adds to each step
     outputs = [name for name in losses.streams(terms) if name in model.HEADS]
-    sources = {split: [SOURCES[name](cfg, machine, dataset, layout, functools.partial(load, cfg.reference or start_from, tokenizer))
+    sources = {split: [SOURCES[name](cfg, machine, dataset, layout, start_from, tokenizer)
                        for name in losses.streams(terms) if name in SOURCES] for split, dataset in datasets.items()}
 
     # Optimizer and resume
@@ -251,13 +249,15 @@ def check_lengths(decoder, dataset):
                          f"set max_length to at most that")
 
 
-def reference_source(cfg, machine: Machine, dataset, layout, load: Callable) -> Callable:
+def reference_source(cfg, machine: Machine, dataset, layout, start_from: str, tokenizer) -> Callable:
+    name = cfg.reference or start_from  # its own path, never the live model: a resumed run has the same reference
+
     def frozen():
-        return load()[0].requires_grad_(False)
+        return load_model(cfg, machine, name, tokenizer)[0].requires_grad_(False)
     if cfg.reference_live:
         return reference.live(frozen(), machine.autocast)
     precision = f"{machine.device} {machine.dtype} {torch.__version__} compiled={machine.compiled} {layout.tokens}"
-    weights = reference.fingerprint(load.args[0], config.as_json(cfg))
+    weights = reference.fingerprint(name, config.as_json(cfg))
     return reference.from_table(reference.precompute(frozen, weights, dataset, layout, precision, machine, cfg.cache_dir))
 
 

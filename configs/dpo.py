@@ -1,0 +1,23 @@
+"""Arithmetic DPO from the SFT model: right answers against answers with dropped carries.
+
+    python train.py --config configs/dpo.py
+"""
+from tasks.arithmetic.task import is_right
+
+objective = "dpo"
+init_from = "configs/sft.py"
+train_data = "tasks/arithmetic/pairs.jsonl"
+eval_data = "tasks/arithmetic/pairs_eval.jsonl"
+eval_prompts = "tasks/arithmetic/problems_eval.jsonl"
+check = is_right
+max_new_tokens = 16
+max_length = 64
+out_dir = "out/dpo"
+
+beta = 0.1
+nll_coef = 1.0
+batch_size = 64
+epochs = 4
+lr = 3e-4
+warmup_steps = 10
+eval_every = 25

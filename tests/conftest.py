@@ -1,0 +1,87 @@
+"""What the tests share: the repo on the path, real models where they are, tiny ones made here."""
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SHARED = ROOT.parent / "shared"
+
+import data  # noqa: E402
+import model  # noqa: E402
+
+TINY = {
+    "llama": dict(vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
+                  num_key_value_heads=2, max_position_embeddings=256, rope_theta=10000.0, tie_word_embeddings=False,
+                  rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                    original_max_position_embeddings=64)),
+    "mistral": dict(vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
+                    num_key_value_heads=2, max_position_embeddings=256, sliding_window=7, tie_word_embeddings=False),
+    "qwen2": dict(vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
+                  num_key_value_heads=2, max_position_embeddings=256, use_sliding_window=True, sliding_window=9,
+                  max_window_layers=1, tie_word_embeddings=True),
+    "qwen3": dict(vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
+                  num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True),
+    "gpt2": dict(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=256),
+}
+
+
+def tiny(family: str = "llama", dtype=torch.float32, **changes) -> model.Decoder:
+    """A scratch model whose weights are large enough that attention and positions matter."""
+    decoder = model.scratch({"model_type": family, **TINY[family], **changes}, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in decoder.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * (0.15 if p.dim() > 1 else 0.05))
+    return decoder.to(dtype)
+
+
+def random_trees(rng, count: int, vocab: int, longest: int = 30, responses: tuple = (1, 4), holes: bool = True) -> list:
+    """Examples of a random prompt with 1 to 4 random responses, some tokens of which are not scored."""
+    examples = []
+    for i in range(count):
+        ids = [rng.integers(0, vocab, rng.integers(1, longest)).astype(np.int32) for _ in range(1 + rng.integers(*responses, endpoint=True))]
+        scored = [np.ones(len(r), bool) if not holes else rng.random(len(r)) < 0.8 for r in ids[1:]]
+        for mask in scored:
+            mask[rng.integers(len(mask))] = True
+        pairs = [(0, 1)] if len(ids) > 2 else []
+        examples.append(data.Example(ids[0], ids[1:], scored, [True] + [False] * (len(ids) - 2), pairs, f"random:{i}"))
+    return examples
+
+
+def as_dataset(examples: list) -> data.Dataset:
+    scored = [sum(int(m.sum()) for m in e.scored) for e in examples]
+    return data.Dataset(examples, np.concatenate([[0], np.cumsum(scored)]), {})
+
+
+def layout(tokens: int, static: bool = False, chunk: int = 64) -> data.Layout:
+    return data.Layout(tokens, False, static, chunk, "cpu")
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    folder = SHARED / "models" / "stories260K-hf"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct; SMOLLM2 names its folder."""
+    folder = os.environ.get("SMOLLM2", "")
+    if not folder:
+        pytest.skip("SMOLLM2 names no folder with SmolLM2-135M-Instruct")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    folder = SHARED / "real"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not here")
+    return folder

@@ -1,0 +1,175 @@
+"""The decoder equals transformers' models, folders go there and back, and packing changes nothing."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import model
+from conftest import TINY, as_dataset, layout, random_trees, tiny
+
+FAMILIES = sorted(TINY)
+
+
+def close(ours, theirs, tolerance):
+    assert ((ours - theirs).abs() <= tolerance * (1 + theirs.abs())).all(), (ours - theirs).abs().max()
+
+
+def theirs(folder):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def same_logits(folder, vocab, tolerance=1e-4, length=100):
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, vocab, length))
+    ours, _ = model.load(folder)
+    with torch.no_grad():
+        close(ours.logits(tokens), theirs(folder)(tokens[None]).logits[0], tolerance)
+    return ours, tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **TINY[family])
+    made = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for p in made.parameters():  # transformers starts norms at 1 and biases at 0, which would hide mistakes
+            p.add_(torch.randn_like(p) * 0.1)
+    made.save_pretrained(tmp_path / "theirs")
+    decoder, tokens = same_logits(tmp_path / "theirs", 97)
+    model.save(decoder, tmp_path / "ours", torch.float32, tmp_path)
+    with torch.no_grad():
+        close(theirs(tmp_path / "ours")(tokens[None]).logits[0], decoder.logits(tokens), 1e-4)
+
+
+def test_logits_of_stories260k(stories):
+    same_logits(stories, 512, length=200)
+
+
+def test_logits_of_smollm2(smollm2):
+    same_logits(smollm2, 49152, length=64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_is_bitwise_and_tied_weights_are_stored_once(family, tmp_path):
+    decoder = tiny(family)
+    model.save(decoder, tmp_path, torch.float32, tmp_path)
+    again, saved = model.load(tmp_path)
+    assert saved == torch.float32
+    for (name, a), (other, b) in zip(decoder.named_parameters(), again.named_parameters(), strict=True):
+        assert name == other and torch.equal(a, b), name
+    names = model.read_weights(tmp_path).keys()
+    assert ("lm_head.weight" in names) == (not decoder.shape.tied)
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == decoder.shape.tied
+
+
+def test_sharded_folder_loads(tmp_path):
+    from safetensors.torch import save_file
+    decoder = tiny("llama")
+    model.save(decoder, tmp_path, torch.float32, tmp_path)
+    state, where = model.read_weights(tmp_path), {}
+    (tmp_path / "model.safetensors").unlink()
+    for part in range(2):
+        names = sorted(state)[part::2]
+        save_file({n: state[n] for n in names}, tmp_path / f"model-{part}.safetensors")
+        where.update(dict.fromkeys(names, f"model-{part}.safetensors"))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    again, _ = model.load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(decoder.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("break_it, message", [
+    (lambda c, s: c.update(model_type="mamba"), "known: llama"),
+    (lambda c, s: s.pop("model.norm.weight"), "1 tensors of a llama model are missing: model.norm.weight"),
+    (lambda c, s: s.update(extra=torch.zeros(1)), "are not known: extra"),
+    (lambda c, s: c.update(vocab_size=98), r"is \[97, 32\], config.json says \[98, 32\]"),
+    (lambda c, s: c.update(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "'yarn' is not implemented"),
+    (lambda c, s: c.pop("hidden_size"), "needs the key 'hidden_size'")])
+def test_broken_folders_are_clear_errors(tmp_path, break_it, message):
+    from safetensors.torch import save_file
+    model.save(tiny("llama"), tmp_path, torch.float32, tmp_path)
+    config, state = json.loads((tmp_path / "config.json").read_text()), model.read_weights(tmp_path)
+    break_it(config, state)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        model.load(tmp_path)
+
+
+def one_at_a_time(decoder, example):
+    """Log-probs of the scored tokens of each response, from full logits of one sequence at a time: the oracle."""
+    out = []
+    for ids, scored in zip(example.responses, example.scored):
+        sequence = torch.from_numpy(np.concatenate([example.prompt, ids])).long()
+        logps = decoder.logits(sequence)[:-1].log_softmax(-1).gather(1, sequence[1:, None])[:, 0]
+        out.append(logps[len(example.prompt) - 1:][torch.from_numpy(scored)])
+    return torch.cat(out)
+
+
+def relative(a, b):
+    a, b = (torch.cat([g.flatten() for g in grads]) for grads in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_one_response_at_a_time(family, static):
+    decoder, rng = tiny(family), np.random.default_rng(3)
+    examples = random_trees(rng, 12, 97)
+    dataset = as_dataset(examples)
+    batches, _ = data.micro_batches(dataset, np.arange(12), layout(256, static))
+    assert len(batches) > 1
+    found = torch.empty(int(dataset.offsets[-1]))
+    weight = torch.from_numpy(rng.normal(size=len(found))).float()
+    expected = torch.cat([one_at_a_time(decoder, e) for e in examples])
+    (expected * weight).sum().backward()
+    grads = [p.grad.clone() for p in decoder.parameters()]
+    decoder.zero_grad()
+    for batch in batches:
+        logps = decoder(batch, ["log_probs"])["log_probs"][:batch["scored"]]
+        at = batch["scored_index"][:batch["scored"]]
+        found[at] = logps.detach()
+        (logps * weight[at]).sum().backward()
+    assert (found - expected).abs().max() < 1e-5
+    assert relative([p.grad for p in decoder.parameters()], grads) < 1e-5
+
+
+def test_responses_never_see_their_siblings():
+    decoder, rng = tiny("llama"), np.random.default_rng(0)
+    example = random_trees(rng, 1, 97, responses=(2, 2), holes=False)[0]
+    other = example._replace(responses=[example.responses[0], (example.responses[1] + 1) % 97])
+    first, second = (decoder(data.micro_batches(as_dataset([e]), np.arange(1), layout(256))[0][0], ["log_probs"])["log_probs"]
+                     for e in (example, other))
+    n = len(example.responses[0])
+    assert torch.equal(first[:n], second[:n]) and not torch.equal(first[n:], second[n:])
+
+
+def test_varlen_segments_describe_the_same_attention():
+    """The CUDA kernel's index tensors, replayed segment by segment with plain attention, equal the grouped path."""
+    rng = np.random.default_rng(5)
+    spans, at = [], 0
+    for e in random_trees(rng, 6, 97):
+        begin, n = at, len(e.prompt)
+        spans.append((at, n, at, 0))
+        at += n
+        for r in e.responses:
+            spans.append((at, len(r), begin, n))
+            at += len(r)
+    q, k, v = torch.randn(at, 4, 8), torch.randn(at, 2, 8), torch.randn(at, 2, 8)
+    grouped, varlen = data.to_device(data.grouped_segments(spans), "cpu"), data.to_device(data.varlen_segments(spans), "cpu")
+    for window in (0, 5):
+        pieces, cu_q, cu_k = [], varlen["cu_q"].tolist(), varlen["cu_k"].tolist()
+        for (a, b), (c, d) in zip(zip(cu_q, cu_q[1:]), zip(cu_k, cu_k[1:])):
+            if a == b:
+                assert c == d  # padding of cu_seqlens
+                continue
+            assert b - a <= varlen["max_q"] and d - c <= varlen["max_k"]
+            keys = varlen["key_index"][c:d]
+            distance = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)  # causal at the bottom right
+            scores = torch.einsum("qhe,khe->hqk", q[a:b], k[keys].repeat_interleave(2, 1)) / 8**0.5
+            scores = scores.masked_fill((distance < 0) | (distance >= (window or 10**9)), -torch.inf)
+            pieces.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1), v[keys].repeat_interleave(2, 1)))
+        close(model.packed_attention(q, k, v, {**grouped, "masks": {}}, window), torch.cat(pieces), 1e-5)
