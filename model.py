@@ -452,14 +452,14 @@ def load(folder: Path) -> tuple[Decoder, torch.dtype]:
 
 
 def scratch(config: dict, seed: int) -> Decoder:
-    """A new model: normal(0, 0.02), residual outputs scaled by 1/sqrt(2 layers) as in GPT-2; the same on every device."""
+    """A new model: normal(0, initializer_range or 0.02), residual outputs scaled by 1/sqrt(2 layers) as in GPT-2; the same on every device."""
     decoder = Decoder(config, "scratch")
-    generator = torch.Generator().manual_seed(seed)
+    generator, std = torch.Generator().manual_seed(seed), config.get("initializer_range", 0.02)
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             if parameter.dim() == 2:
                 scale = (2 * decoder.shape.num_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
-                parameter.normal_(0, 0.02 * scale, generator=generator)
+                parameter.normal_(0, std * scale, generator=generator)
             elif name.endswith("bias"):
                 parameter.zero_()
     return decoder

@@ -18,6 +18,6 @@ beta = 0.1
 nll_coef = 1.0
 batch_size = 64
 epochs = 4
-lr = 3e-4
+lr = 6e-4
 warmup_steps = 10
 eval_every = 25

@@ -8,7 +8,7 @@ objective = "sft"
 init_from = "scratch"
 tokenizer = "tasks/arithmetic"
 scratch = dict(model_type="llama", hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
-               max_position_embeddings=128, tie_word_embeddings=True)
+               max_position_embeddings=128, initializer_range=0.09)  # 1 / sqrt(hidden_size)
 train_data = "tasks/arithmetic/sft.jsonl"
 eval_data = "tasks/arithmetic/sft_eval.jsonl"
 eval_prompts = "tasks/arithmetic/problems_eval.jsonl"
@@ -18,8 +18,8 @@ max_length = 64
 out_dir = "out/sft"
 
 batch_size = 64
-epochs = 12
-lr = 3e-3
+epochs = 5
+lr = 2e-3
 warmup_steps = 20
 betas = (0.9, 0.95)
 weight_decay = 0.01

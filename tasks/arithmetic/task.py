@@ -56,7 +56,7 @@ def slipped(numbers: list[int], rng: random.Random) -> list[int] | None:
     return None
 
 
-def main(folder: Path, seed: int = 0, demonstrations: int = 4000, pairs: int = 2000, held_out: int = 500):
+def main(folder: Path, seed: int = 0, demonstrations: int = 8000, pairs: int = 2000, held_out: int = 500):
     stream, rng = problems(seed), random.Random(seed + 1)
 
     def write(name, rows):
