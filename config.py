@@ -184,7 +184,7 @@ def suggestion(word: str, known) -> str:
 
 def load(arguments: list[str]) -> types.SimpleNamespace:
     path, values = read_command_line(arguments)
-    return resolve([(path, read_file(path))] * bool(path) + [("command line", values)])
+    return resolve([*([(path, read_file(path))] if path else []), ("command line", values)])
 
 
 def load_stage(path: str, parent: types.SimpleNamespace) -> types.SimpleNamespace:

@@ -265,6 +265,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 grad_weight.addmm_(grad.t(), h[rows])
             elif need_weight:
                 grad_weight += torch.mm(grad.t(), h[rows], out_dtype=grad_weight.dtype)
+            del grad  # before the next chunk is made
         return (grad_hidden.to(hidden.dtype) if need_hidden else None,
                 grad_weight.to(weight.dtype) if need_weight else None, None, None, None, None)
 

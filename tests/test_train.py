@@ -1,0 +1,177 @@
+"""The loop: results do not depend on micro-batches, ranks or interruptions. Real runs on the arithmetic rows."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import config
+import data
+import losses
+import train
+from conftest import ROOT, layout
+
+SMALL = dict(model_type="llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.15)
+ROWS = {"sft": "tasks/arithmetic/sft_eval.jsonl", "preference": "tasks/arithmetic/pairs_eval.jsonl", None: "tasks/arithmetic/sft_eval.jsonl"}
+
+
+def options(tmp_path, name="dpo", out="run", **changes):
+    """The command line of a short run of an objective from a scratch model, without its reference cached elsewhere."""
+    given = dict(objective=name, init_from="scratch", scratch=SMALL, tokenizer="tasks/arithmetic", schedule="constant",
+                 train_data=ROWS[losses.OBJECTIVES[name].data], out_dir=tmp_path / out, cache_dir=tmp_path / "cache",
+                 batch_size=24, max_steps=4, lr=1e-2, max_length=64, dtype="float64", save_dtype="float64", device="cpu",
+                 compile=False)
+    return [f"--{key}={value}" for key, value in {**given, **changes}.items()]
+
+
+def run(arguments, ranks=1, check=True, **environment):
+    program = [sys.executable] if ranks == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run([*program, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def lines(folder, split="train"):
+    return [line for line in map(json.loads, open(folder / "metrics.jsonl")) if line["split"] == split]
+
+
+def assert_close(a, b, tolerance):
+    assert a.keys() == b.keys()
+    assert max((a[name] - b[name]).abs().max().item() for name in a) < tolerance
+
+
+@pytest.mark.parametrize("name", losses.OBJECTIVES)
+def test_micro_batches_and_ranks_do_not_matter(name, tmp_path, monkeypatch):
+    """float64, 4 AdamW steps: one stream, many small streams, and two ranks of which each has its own number of them."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("RANK", raising=False)
+    for out, tokens in (("large", 4096), ("small", 200)):
+        train.train(config.load(options(tmp_path, name, out, micro_batch_tokens=tokens, eval_data=ROWS[losses.OBJECTIVES[name].data])))
+    run(options(tmp_path, name, "ranks", micro_batch_tokens=200, eval_data=ROWS[losses.OBJECTIVES[name].data]), ranks=2)
+    cfg = config.load(options(tmp_path, name))
+    dataset = data.load(cfg.train_data, config.data_kind(cfg), data.Tokenizer(ROOT / "tasks/arithmetic"), cfg, False)
+    shares = [[len(data.micro_batches(dataset, data.step_rows(dataset, step, 24, 0), layout(200), rank, 2)[0]) for rank in (0, 1)]
+              for step in range(4)]
+    assert any(a != b for a, b in shares) and max(map(max, shares)) > 1  # ranks with different numbers of micro-batches
+    large = weights(tmp_path / "large" / "model")
+    for out in ("small", "ranks"):
+        assert_close(weights(tmp_path / out / "model"), large, 1e-9)
+        for split in ("train", "eval"):
+            for ours, theirs in zip(lines(tmp_path / out, split), lines(tmp_path / "large", split), strict=True):
+                for key in theirs.keys() - {"split", "seconds", "tokens_per_second", "peak_memory_gb"}:
+                    assert ours[key] == pytest.approx(theirs[key], rel=1e-9, abs=1e-9), key
+    start = lines(tmp_path / "large", "eval")[0]["loss"]
+    assert lines(tmp_path / "large", "eval")[-1]["loss"] != start  # it did train
+
+
+def test_first_gradient_in_fp32(tmp_path, monkeypatch):
+    """Adam's first moment after one step is a tenth of the gradient."""
+    monkeypatch.chdir(ROOT)
+    more = dict(max_steps=1, save_every=1, dtype="float32", grad_clip=0)
+    for out, tokens in (("large", 4096), ("small", 200)):
+        train.train(config.load(options(tmp_path, "dpo", out, micro_batch_tokens=tokens, **more)))
+    run(options(tmp_path, "dpo", "ranks", micro_batch_tokens=200, **more), ranks=2)
+    large, small, ranks = (load_file(tmp_path / out / "checkpoint-1" / "optimizer.safetensors") for out in ("large", "small", "ranks"))
+    flat = lambda state: torch.cat([state[n].flatten() for n in sorted(state) if n.endswith("exp_avg")])
+    for other in (small, ranks):
+        assert (flat(other) - flat(large)).norm() < 1e-5 * flat(large).norm()
+
+
+@pytest.mark.parametrize("name", losses.OBJECTIVES)
+@pytest.mark.parametrize("compiled, ranks", [(False, 1), (False, 2), (True, 1)])
+def test_resume_is_bitwise(name, compiled, ranks, tmp_path):
+    if compiled and name != "dpo":
+        pytest.skip("compiled blocks do not depend on the loss: one objective is enough")
+    more = dict(dtype="float32", save_dtype="float32", compile=compiled, save_every=2, micro_batch_tokens=512)
+    run(options(tmp_path, name, "whole", **more), ranks)
+    run(options(tmp_path, name, "parts", **{**more, "max_steps": 2}), ranks)
+    (tmp_path / "parts" / "metrics.jsonl").open("a").write('{"step": 3, "split": "train", "loss": 9}\n{"step": 4, "sp')
+    run([*options(tmp_path, name, "parts", **more), "--resume"], ranks)
+    whole, parts = weights(tmp_path / "whole" / "model"), weights(tmp_path / "parts" / "model")
+    assert all(torch.equal(whole[n], parts[n]) for n in whole)
+    for a, b in zip(lines(tmp_path / "whole"), lines(tmp_path / "parts"), strict=True):
+        assert (a["step"], a["loss"], a["grad_norm"]) == (b["step"], b["loss"], b["grad_norm"])
+
+
+def test_the_reference_is_the_start_and_not_the_policy(tmp_path, monkeypatch):
+    """Step 1 starts at margin 0; a live reference, a cached one and a second use of the cache agree; steps move away."""
+    monkeypatch.chdir(ROOT)
+    for out, more in (("cached", {}), ("again", {}), ("live", dict(reference_live=True))):
+        train.train(config.load(options(tmp_path, "dpo", out, **more)))
+    cached, again, live = (lines(tmp_path / out) for out in ("cached", "again", "live"))
+    assert abs(cached[0]["rewards/margins"]) < 1e-12 and cached[0]["loss"] == pytest.approx(0.6931471805599453, abs=1e-12)
+    assert abs(cached[-1]["rewards/margins"]) > 1e-3
+    for a, b, c in zip(cached, again, live, strict=True):
+        assert a["loss"] == b["loss"] == pytest.approx(c["loss"], abs=1e-12)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_margin_at_the_start_in_fp32_with_other_packing(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    train.train(config.load(options(tmp_path, "dpo", dtype="float32", max_steps=1)))
+    assert abs(lines(tmp_path / "run")[0]["rewards/margins"]) < 1e-3 * 0.1
+
+
+def test_weighted_objectives_add_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    train.train(config.load([*options(tmp_path, "dpo", max_steps=1), "--objective={'dpo': 1.0, 'sft': 0.25}"]))
+    line = lines(tmp_path / "run")[0]
+    assert line["loss"] == pytest.approx(line["loss/dpo"] + 0.25 * line["loss/sft"], rel=1e-9)
+    assert line["nll"] == line["loss/sft"]
+
+
+def test_a_run_writes_what_the_contract_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    train.train(config.load(options(tmp_path, "dpo", eval_data=ROWS["preference"], save_every=1, eval_every=2, dtype="float32", save_dtype="bfloat16")))
+    out = tmp_path / "run"
+    assert [line["step"] for line in lines(out)] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines(out, "eval")] == [0, 2, 4]
+    assert {"step", "split", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "seconds", "peak_memory_gb", "rewards/chosen",
+            "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"} <= lines(out)[0].keys()
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]  # keep_checkpoints = 2
+    assert {p.name for p in (out / "checkpoint-4").iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    assert {p.name for p in (out / "model").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {t.dtype for t in weights(out / "model").values()} == {torch.bfloat16}
+    assert {t.dtype for t in weights(out / "checkpoint-4").values()} == {torch.float32}
+    with pytest.raises(ValueError, match="not empty; go on with --resume"):
+        train.train(config.load(options(tmp_path, "dpo")))
+
+
+def test_bad_input_is_one_line(tmp_path):
+    done = run(["--config=configs/dpo.py", "--bta=0.1"], check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: command line: unknown key 'bta'. Did you mean 'beta'?")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_stage_is_run_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    stage = dict(line[2:].split("=", 1) for line in options(tmp_path, "sft", "first", max_steps=2))
+    plain = ("batch_size", "max_steps", "lr", "max_length", "compile", "scratch")
+    file = tmp_path / "first.py"
+    file.write_text("".join(f"{k} = {v if k in plain else repr(v)}\n" for k, v in stage.items()))
+    for out, more in (("second", []), ("third", []), ("fourth", ["--seed=5"])):
+        train.train(config.load([*options(tmp_path, "dpo", out, max_steps=1, init_from=file), *more]))
+        made = (tmp_path / "first" / "model" / "model.safetensors").stat().st_mtime_ns
+        if out == "third":
+            assert made == before  # it was there
+        elif out == "fourth":
+            assert made != before and (tmp_path / "first.old1" / "model").is_dir()  # another seed: run again, nothing lost
+        before = made
+
+
+def test_learning_rate():
+    cfg = config.load(["--lr=1.0", "--warmup_steps=4", "--schedule=linear", "--min_lr=0.2"])
+    assert [train.learning_rate(cfg, s, 8) for s in range(8)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.8, 0.6, 0.4])
+    cfg = config.load(["--lr=1.0", "--schedule=cosine"])
+    assert [train.learning_rate(cfg, s, 4) for s in range(4)] == pytest.approx([1, 0.8535533, 0.5, 0.1464466])
