@@ -12,7 +12,7 @@ import config
 import data
 import losses
 import train
-from conftest import ROOT, layout
+from conftest import ROOT
 
 SMALL = dict(model_type="llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.15)
@@ -23,7 +23,7 @@ def options(tmp_path, name="dpo", out="run", **changes):
     """The command line of a short run of an objective from a scratch model, without its reference cached elsewhere."""
     given = dict(objective=name, init_from="scratch", scratch=SMALL, tokenizer="tasks/arithmetic", schedule="constant",
                  train_data=ROWS[losses.OBJECTIVES[name].data], out_dir=tmp_path / out, cache_dir=tmp_path / "cache",
-                 batch_size=24, max_steps=4, lr=1e-2, max_length=64, dtype="float64", save_dtype="float64", device="cpu",
+                 batch_size=26, max_steps=4, lr=1e-2, max_length=64, dtype="float64", save_dtype="float64", device="cpu",
                  compile=False)
     return [f"--{key}={value}" for key, value in {**given, **changes}.items()]
 
@@ -50,25 +50,28 @@ def assert_close(a, b, tolerance):
     assert max((a[name] - b[name]).abs().max().item() for name in a) < tolerance
 
 
-@pytest.mark.parametrize("name", losses.OBJECTIVES)
-def test_micro_batches_and_ranks_do_not_matter(name, tmp_path, monkeypatch):
-    """float64, 4 AdamW steps: one stream, many small streams, and two ranks of which each has its own number of them."""
+@pytest.mark.parametrize("name, batch_size", [*((name, 26) for name in losses.OBJECTIVES), ("dpo", 1)])
+def test_micro_batches_and_ranks_do_not_matter(name, batch_size, tmp_path, monkeypatch):
+    """float64, 4 AdamW steps: one stream, many small streams, and two ranks of which each has its own number of them
+    (with one row a step, the second rank has nothing to do but to take part)."""
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("RANK", raising=False)
-    for out, tokens in (("large", 4096), ("small", 200)):
-        train.train(config.load(options(tmp_path, name, out, micro_batch_tokens=tokens, eval_data=ROWS[losses.OBJECTIVES[name].data])))
-    run(options(tmp_path, name, "ranks", micro_batch_tokens=200, eval_data=ROWS[losses.OBJECTIVES[name].data]), ranks=2)
+    more = dict(batch_size=batch_size, eval_data=ROWS[losses.OBJECTIVES[name].data])
+    for out, tokens in (("large", 4096), ("small", 128)):
+        train.train(config.load(options(tmp_path, name, out, micro_batch_tokens=tokens, **more)))
+    run(options(tmp_path, name, "ranks", micro_batch_tokens=128, **more), ranks=2)
     cfg = config.load(options(tmp_path, name))
     dataset = data.load(cfg.train_data, config.data_kind(cfg), data.Tokenizer(ROOT / "tasks/arithmetic"), cfg, False)
-    shares = [[len(data.micro_batches(dataset, data.step_rows(dataset, step, 24, 0), layout(200), rank, 2)[0]) for rank in (0, 1)]
-              for step in range(4)]
-    assert any(a != b for a, b in shares) and max(map(max, shares)) > 1  # ranks with different numbers of micro-batches
+    rows = [data.step_rows(dataset, step, batch_size, 0) for step in range(4)]
+    streams = [len(data.pack([dataset.examples[i].length for i in r], 128)) for r in rows]
+    assert any(n % 2 for n in streams)  # the ranks had different numbers of micro-batches
     large = weights(tmp_path / "large" / "model")
     for out in ("small", "ranks"):
         assert_close(weights(tmp_path / out / "model"), large, 1e-9)
         for split in ("train", "eval"):
             for ours, theirs in zip(lines(tmp_path / out, split), lines(tmp_path / "large", split), strict=True):
-                for key in theirs.keys() - {"split", "seconds", "tokens_per_second", "peak_memory_gb"}:
+                at_start = abs(theirs.get("rewards/margins", 1)) < 1e-12  # the sign of rounding noise is anybody's guess
+                for key in theirs.keys() - ({"rewards/accuracies"} if at_start else set()) - {"split", "seconds", "tokens_per_second", "peak_memory_gb"}:
                     assert ours[key] == pytest.approx(theirs[key], rel=1e-9, abs=1e-9), key
     start = lines(tmp_path / "large", "eval")[0]["loss"]
     assert lines(tmp_path / "large", "eval")[-1]["loss"] != start  # it did train
@@ -78,9 +81,9 @@ def test_first_gradient_in_fp32(tmp_path, monkeypatch):
     """Adam's first moment after one step is a tenth of the gradient."""
     monkeypatch.chdir(ROOT)
     more = dict(max_steps=1, save_every=1, dtype="float32", grad_clip=0)
-    for out, tokens in (("large", 4096), ("small", 200)):
+    for out, tokens in (("large", 4096), ("small", 128)):
         train.train(config.load(options(tmp_path, "dpo", out, micro_batch_tokens=tokens, **more)))
-    run(options(tmp_path, "dpo", "ranks", micro_batch_tokens=200, **more), ranks=2)
+    run(options(tmp_path, "dpo", "ranks", micro_batch_tokens=128, **more), ranks=2)
     large, small, ranks = (load_file(tmp_path / out / "checkpoint-1" / "optimizer.safetensors") for out in ("large", "small", "ranks"))
     flat = lambda state: torch.cat([state[n].flatten() for n in sorted(state) if n.endswith("exp_avg")])
     for other in (small, ranks):
@@ -92,7 +95,7 @@ def test_first_gradient_in_fp32(tmp_path, monkeypatch):
 def test_resume_is_bitwise(name, compiled, ranks, tmp_path):
     if compiled and name != "dpo":
         pytest.skip("compiled blocks do not depend on the loss: one objective is enough")
-    more = dict(dtype="float32", save_dtype="float32", compile=compiled, save_every=2, micro_batch_tokens=512)
+    more = dict(dtype="float32", save_dtype="float32", compile=compiled, save_every=2, micro_batch_tokens=128)
     run(options(tmp_path, name, "whole", **more), ranks)
     run(options(tmp_path, name, "parts", **{**more, "max_steps": 2}), ranks)
     (tmp_path / "parts" / "metrics.jsonl").open("a").write('{"step": 3, "split": "train", "loss": 9}\n{"step": 4, "sp')
