@@ -18,7 +18,7 @@ max_length = 64
 out_dir = "out/sft"
 
 batch_size = 64
-epochs = 5
+epochs = 8
 lr = 2e-3
 warmup_steps = 20
 betas = (0.9, 0.95)

@@ -1,0 +1,11 @@
+"""Arithmetic IPO from the SFT model, without any other term.
+
+    python train.py --config configs/ipo.py
+"""
+from configs.dpo import *
+
+objective = "ipo"
+out_dir = "out/ipo"
+beta = 0.2
+nll_coef = 0.0
+lr = 3e-5

@@ -1,0 +1,9 @@
+"""Arithmetic SFT on the chosen responses of the pairs: what configs/dpo.py has to be compared with, step for step.
+
+    python train.py --config configs/sft_chosen.py
+"""
+from configs.dpo import *
+
+objective = "sft"
+out_dir = "out/sft_chosen"
+del beta, nll_coef
