@@ -93,21 +93,18 @@ def checked(key: str, value, kind, where: str):
     if value is None and getattr(Config, key, 0) is None:
         return None
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if kind is Callable:
-        if callable(value):
-            return value
-    elif isinstance(value, int) and not isinstance(value, bool) and float in kinds:
-        return float(value)
-    elif isinstance(value, list) and tuple in kinds:
-        return tuple(value)
-    elif type(value) in kinds or (float in kinds and type(value) is float):
-        if key in CHOICES and value not in CHOICES[key]:
-            raise ValueError(f"{where}: {key} = {value!r}; expected one of {', '.join(map(repr, CHOICES[key]))}")
-        if key in AT_LEAST and not value >= AT_LEAST[key]:
-            raise ValueError(f"{where}: {key} = {value!r}; expected at least {AT_LEAST[key]}")
-        return value
-    names = " or ".join("function" if k is Callable else k.__name__ for k in kinds)
-    raise ValueError(f"{where}: {key} = {value!r} is a {type(value).__name__}; expected {names}")
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
+        value = float(value)
+    if isinstance(value, list) and tuple in kinds:
+        value = tuple(value)
+    if not (callable(value) if kind is Callable else type(value) in kinds):
+        names = " or ".join("function" if k is Callable else k.__name__ for k in kinds)
+        raise ValueError(f"{where}: {key} = {value!r} is a {type(value).__name__}; expected {names}")
+    if key in CHOICES and value not in CHOICES[key]:
+        raise ValueError(f"{where}: {key} = {value!r}; expected one of {', '.join(map(repr, CHOICES[key]))}")
+    if key in AT_LEAST and not value >= AT_LEAST[key]:
+        raise ValueError(f"{where}: {key} = {value!r}; expected at least {AT_LEAST[key]}")
+    return value
 
 
 def read_file(path: str) -> dict:
@@ -132,13 +129,15 @@ def read_command_line(arguments: list[str]) -> tuple[str | None, dict]:
         if not equals:
             following = arguments[i + 1] if i + 1 < len(arguments) else "--"
             text, i = ("True", i) if following.startswith("--") else (following, i + 1)
+            if text == "True" and key in TYPES and TYPES[key] not in (bool, bool | str):
+                raise ValueError(f"command line: --{key} needs a value: --{key}=...")
         i += 1
         if key == "config":
             path = text
             continue
         try:
             values[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             values[key] = text
         if TYPES.get(key) is str:
             values[key] = text
@@ -146,13 +145,16 @@ def read_command_line(arguments: list[str]) -> tuple[str | None, dict]:
 
 
 def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
-    """Layers of (where, values), later ones winning -> every key with its value, and `terms`-to-be under `weights`."""
+    """Layers of (where, values), later ones winning -> every key with its value; `weights` and `bound` hyperparameters
+    of each loss."""
     values, source = {f.name: f.default for f in fields(Config)}, {}
     for where, layer in layers:
         values.update(layer)
         source.update(dict.fromkeys(layer, where))
     name = checked("objective", values["objective"], TYPES["objective"], source.get("objective", "config"))
     weights = dict(name) if isinstance(name, dict) else {name: 1.0}
+    if not weights:
+        raise ValueError(f"{source['objective']}: objective = {{}}; expected a loss, or {{loss: weight}}")
     for key, weight in weights.items():
         if key not in OBJECTIVES:
             raise ValueError(f"{source.get('objective', 'config')}: unknown objective {key!r}.{suggestion(key, OBJECTIVES)} "
@@ -161,7 +163,7 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
     if values["nll_coef"]:
         if "sft" in weights:
             raise ValueError(f"{source['nll_coef']}: nll_coef adds the sft loss, which the objective already has")
-        weights["sft"] = values["nll_coef"]
+        weights["sft"] = checked("nll_coef", values["nll_coef"], float, source["nll_coef"])
     hyperparameters = {k: v for name in weights for k, v in OBJECTIVES[name].hyperparameters.items()}
     for key, where in source.items():
         if key in TYPES:
@@ -174,7 +176,8 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
                 raise ValueError(f"{where}: {'+'.join(weights)} has no hyperparameter {key!r} (it belongs to {', '.join(owners)})")
             raise ValueError(f"{where}: unknown key {key!r}.{suggestion(key, [*TYPES, *hyperparameters])} "
                              f"`python train.py --help` lists every key")
-    return types.SimpleNamespace(**values, weights=weights)
+    bound = {name: {k: values.get(k, default) for k, default in OBJECTIVES[name].hyperparameters.items()} for name in weights}
+    return types.SimpleNamespace(**values, weights=weights, bound=bound)
 
 
 def suggestion(word: str, known) -> str:
@@ -195,13 +198,12 @@ def load_stage(path: str, parent: types.SimpleNamespace) -> types.SimpleNamespac
 
 def terms(cfg: types.SimpleNamespace, compiled: bool) -> list[Term]:
     """The losses of a run with their weights and hyperparameters bound."""
-    bound = []
+    made = []
     for name, weight in cfg.weights.items():
         objective = OBJECTIVES[name]
         loss = torch.compile(objective.loss, fullgraph=True, dynamic=True) if compiled else objective.loss
-        given = {key: getattr(cfg, key, default) for key, default in objective.hyperparameters.items()}
-        bound.append(Term(weight, objective, loss, given))
-    return bound
+        made.append(Term(weight, objective, loss, cfg.bound[name]))
+    return made
 
 
 def data_kind(cfg: types.SimpleNamespace) -> str:
@@ -218,7 +220,8 @@ def as_json(cfg: types.SimpleNamespace) -> dict:
 
 def digest(cfg: types.SimpleNamespace) -> str:
     """Hash of what decides a run's result: not of where it is written or how it is logged and saved."""
-    apart = ("out_dir", "resume", "log_every", "save_every", "keep_checkpoints", "cache_dir")
+    apart = {"out_dir", "resume", "log_every", "save_every", "keep_checkpoints", "cache_dir",
+             "objective", "nll_coef", *(key for given in cfg.bound.values() for key in given)}  # all in weights and bound
     kept = {key: value for key, value in as_json(cfg).items() if key not in apart}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 

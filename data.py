@@ -10,6 +10,7 @@ import difflib
 import glob
 import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
@@ -30,26 +31,30 @@ from model import read_json
 
 def read_rows(paths: str | list[str]) -> Iterator[tuple[str, object]]:
     """(where, row) of every row of JSONL files, JSON arrays, .gz of either; where is file:line, or file[index]."""
-    names = [paths] if isinstance(paths, str) else paths
-    files = [f for name in names for f in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
-    if not files:
-        raise ValueError(f"no file matches {paths!r}")
-    for file in files:
-        if not Path(file).is_file():
-            near = difflib.get_close_matches(file, [str(p) for p in Path(file).parent.glob("*")], 1)
-            raise ValueError(f"{file}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
-        opened = gzip.open if file.endswith(".gz") else open
-        with opened(file, "rt", encoding="utf-8") as lines:
+    for name in [paths] if isinstance(paths, str) else paths:
+        files = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+        if not files:
+            raise ValueError(f"no file matches {name!r}")
+        for file in files:
+            if not Path(file).is_file():
+                near = difflib.get_close_matches(file, [str(p) for p in Path(file).parent.glob("*")], 1)
+                raise ValueError(f"{file}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
             try:
-                if file.removesuffix(".gz").endswith(".json"):
-                    rows = json.load(lines)
-                    if not isinstance(rows, list):
-                        raise ValueError(f"{file}: expected a JSON array of rows, found {type(rows).__name__}")
-                    yield from ((f"{file}[{i}]", row) for i, row in enumerate(rows))
-                else:
-                    yield from ((f"{file}:{i}", line) for i, line in enumerate(lines, 1) if not line.isspace())
-            except (UnicodeDecodeError, json.JSONDecodeError, EOFError, gzip.BadGzipFile) as error:
+                yield from rows_of(file)
+            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, EOFError, OSError, zlib.error) as error:
                 raise ValueError(f"{file}: {error}") from None
+
+
+def rows_of(file: str) -> Iterator[tuple[str, object]]:
+    """Rows of a JSON array, or undecoded lines of JSONL, so that a bad one is a bad row and not a bad file."""
+    with (gzip.open if file.endswith(".gz") else open)(file, "rb") as lines:
+        if not file.removesuffix(".gz").endswith(".json"):
+            yield from ((f"{file}:{i}", line) for i, line in enumerate(lines, 1) if line.strip())
+            return
+        rows = json.load(lines)
+        if not isinstance(rows, list):
+            raise ValueError(f"{file}: expected a JSON array of rows, found {type(rows).__name__}")
+        yield from ((f"{file}[{i}]", row) for i, row in enumerate(rows))
 
 
 class Draft(NamedTuple):
@@ -79,8 +84,8 @@ def messages_field(row: dict, key: str) -> list[dict]:
     for m in value:
         role, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
         if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-            content = "".join(str(part.get("text", part.get("value", ""))) for part in content)
-        if role not in ROLES or not isinstance(content, str):
+            content = "".join(part.get("text") or part.get("value") or "" for part in content)
+        if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
             raise ValueError(f"{key!r} should hold messages with role (one of {', '.join(ROLES)}) and content, "
                              f"found {str(m)[:80]!r}")
         messages.append({"role": ROLES[role], "content": content})
@@ -101,7 +106,7 @@ def as_response(prompt: str | list, response: str | list) -> str | list:
 
 
 def with_system(row: dict, messages: list[dict]) -> list[dict]:
-    return [{"role": "system", "content": row["system"]}, *messages] if row.get("system") else messages
+    return [{"role": "system", "content": text_field(row, "system")}, *messages] if row.get("system") else messages
 
 
 def split_messages(messages: list[dict], train_on: str) -> tuple[list, list]:
@@ -152,7 +157,7 @@ def shared_prompt(chosen: str | list, rejected: str | list) -> int:
     mark = "\n\nAssistant:"
     if chosen.startswith("\n\nHuman:") and mark in chosen[:common]:
         return chosen.rfind(mark, 0, common) + len(mark)
-    return max(chosen.rfind(white, 0, common) for white in " \n\t") + 1 if common < len(chosen) else common
+    return max(chosen.rfind(" ", 0, common), chosen.rfind("\n", 0, common) + 1)  # a space belongs to the word behind it
 
 
 def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
@@ -169,8 +174,8 @@ def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
         if isinstance(prompt, str) and isinstance(chosen, list):
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, list):
-            prompt = with_system(row, prompt)
             chosen, rejected = (r[len(prompt):] if r[:len(prompt)] == prompt else r for r in (chosen, rejected))
+            prompt = with_system(row, prompt)
     elif type(chosen) is type(rejected):
         length = shared_prompt(chosen, rejected)
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
@@ -241,7 +246,7 @@ class Tokenizer:
                              f"with one, or to 'chatml'")
         try:
             return compile_template(self.chat_template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt,
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
                 bos_token=self.bos_token, eos_token=self.eos_token)
         except Exception as error:  # a template is the user's code: say what it said
             raise ValueError(f"chat template: {type(error).__name__}: {error}") from None
@@ -307,41 +312,38 @@ def render(draft: Draft, tokenizer: Tokenizer) -> tuple[str, list]:
                 raise ValueError("the chat template renders an earlier turn in another way once a later one follows; "
                                  "train_on = 'last' trains the last turn alone")
             spans.append((len(before) - begin, len(after.rstrip()) - begin))  # templates put a newline behind the EOS
+        if not spans:
+            raise ValueError("no message of an assistant to train on")
         responses.append((text[begin:begin + spans[-1][1]], spans))
     return prompt, responses
 
 
-def tokenize(drafts: list[tuple[str, Draft]], tokenizer: Tokenizer, mode: str, counts: Counter) -> list[Example]:
-    """mode "joint": ids of prompt + response, split at the prompt's own length (where they do not begin with the
-    prompt's ids, and in mode "apart", both are encoded by themselves). BOS once; EOS once, after a whole response."""
-    rendered = []
-    for where, draft in drafts:
-        try:
-            rendered.append(render(draft, tokenizer))
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-    texts = [text for prompt, responses in rendered
-             for text in (prompt, *(prompt + r for r, _ in responses if mode == "joint"))]
+def tokenize(drafts: list[tuple], tokenizer: Tokenizer, mode: str, counts: Counter) -> list[Example]:
+    """[(where, draft, prompt text, responses of `render`)] -> examples. mode "joint": ids of prompt + response, split at
+    the prompt's own length (where they do not begin with the prompt's ids, and in mode "apart", both are encoded by
+    themselves). BOS once; EOS once, after a whole response."""
+    texts = [text for _, _, prompt, responses in drafts
+             for text in (prompt, *(prompt + r for r, _ in responses if mode == "joint" or not prompt))]
     encodings, examples = iter(tokenizer.fast.encode_batch(texts, add_special_tokens=False)), []
-    for (where, draft), (prompt, responses) in zip(drafts, rendered):
+    for where, draft, prompt, responses in drafts:
         prompt_ids, all_ids, all_scored = next(encodings).ids, [], []
+        n = len(prompt_ids)
         for text, spans in responses:
-            joint = next(encodings) if mode == "joint" else None
-            if joint and joint.ids[:len(prompt_ids)] == prompt_ids:
-                ids, offsets, begin = joint.ids[len(prompt_ids):], joint, len(prompt)
+            joint = next(encodings) if mode == "joint" or not prompt else None
+            if joint and joint.ids[:n] == prompt_ids:
+                ids, offsets, begin = joint.ids[n:], joint.offsets[n:] if spans else (), len(prompt)
             else:
                 counts["apart"] += mode == "joint"
                 (ids, offsets), begin = tokenizer.continuation(text), 0
             if spans is None:
-                ids, scored = ids + [tokenizer.eos], np.ones(len(ids) + 1, bool)
-            else:
-                offsets = offsets.offsets[len(prompt_ids):] if begin else offsets
-                starts = np.array([o[0] for o in offsets], int) - begin
-                scored = np.zeros(len(ids), bool)
+                scored, closed = np.ones(len(ids), bool), text.endswith(tokenizer.eos_token)
+            else:  # a token is trained if any of its characters is the assistant's
+                starts, ends = np.array(offsets, int).reshape(-1, 2).T - begin
+                scored, closed = np.zeros(len(ids), bool), bool(ids) and ids[-1] in tokenizer.special
                 for first, last in spans:
-                    scored |= (starts >= first) & (starts < last)
-                if not ids or ids[-1] not in tokenizer.special:  # the template does not close the turn itself
-                    ids, scored = ids + [tokenizer.eos], np.append(scored, True)
+                    scored |= (ends > first) & (starts < last)
+            if not closed:
+                ids, scored = [*ids, tokenizer.eos], np.append(scored, True)
             all_ids.append(np.array(ids, np.int32))
             all_scored.append(scored)
         text = isinstance(draft.prompt, str)  # a template writes its own BOS
@@ -351,26 +353,27 @@ def tokenize(drafts: list[tuple[str, Draft]], tokenizer: Tokenizer, mode: str, c
     return examples
 
 
-def truncate(example: Example, max_length: int, max_prompt_length: int, how: str, counts: Counter) -> Example | None:
+def truncate(example: Example, bos: int | None, max_length: int, max_prompt_length: int, how: str,
+             counts: Counter) -> Example | None:
     """Fit prompt + each response into max_length tokens: the prompt loses its left (BOS stays) down to max_prompt_length
     (0: half of max_length, and only where the row does not fit), the responses lose their right. None: dropped."""
-    longest = max(map(len, example.responses), default=0)
-    room = max_prompt_length or (max_length // 2 if len(example.prompt) + longest > max_length else max_length)
-    if len(example.prompt) > room or len(example.prompt) + longest > max_length:
+    length, longest = len(example.prompt), max(map(len, example.responses), default=0)
+    room = max_prompt_length or (max_length // 2 if length + longest > max_length else max_length)
+    room = min(room, max_length)
+    if length > room or length + longest > max_length:
         if how == "error":
-            raise ValueError(f"{example.where}: {len(example.prompt)} prompt + {longest} response tokens do not fit "
-                             f"max_length {max_length}, max_prompt_length {max_prompt_length}; truncation = 'cut' or 'drop'")
+            raise ValueError(f"{example.where}: {length} prompt + {longest} response tokens do not fit max_length "
+                             f"{max_length}, max_prompt_length {max_prompt_length}; truncation = 'cut' or 'drop'")
         if how == "drop":
             counts["dropped"] += 1
             return None
         counts["truncated"] += 1
-        if len(example.prompt) > room:
-            kept = example.prompt[len(example.prompt) - room + 1:] if room > 1 else example.prompt[:0]
-            example = example._replace(prompt=np.concatenate([example.prompt[:1], kept]) if len(kept) else example.prompt[-1:])
-        left = max_length - len(example.prompt)
-        example = example._replace(responses=[ids[:left] for ids in example.responses],
+        head = int(room > 1 and example.prompt[0] == bos)
+        prompt = np.concatenate([example.prompt[:head], example.prompt[head:][-(room - head):]])
+        left = max_length - len(prompt)
+        example = example._replace(prompt=prompt, responses=[ids[:left] for ids in example.responses],
                                    scored=[mask[:left] for mask in example.scored])
-    if example.responses and not all(mask.any() for mask in example.scored):
+    if not all(mask.any() for mask in example.scored):
         counts["dropped"] += 1
         return None
     return example
@@ -395,7 +398,7 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
 
     def flush():
         for example in tokenize(drafts, tokenizer, cfg.tokenize, counts):
-            example = truncate(example, cfg.max_length, cfg.max_prompt_length, cfg.truncation, counts)
+            example = truncate(example, tokenizer.bos, cfg.max_length, cfg.max_prompt_length, cfg.truncation, counts)
             if example is not None:
                 examples.append(example._replace(row=rows.get(example.where)))
         drafts.clear()
@@ -404,16 +407,16 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
     for where, row in tqdm(read_rows(paths), desc="tokenizing", unit=" rows", disable=not show, leave=False):
         counts["read"] += 1
         try:
-            row = json.loads(row) if isinstance(row, str) else row
+            row = json.loads(row) if isinstance(row, bytes) else row
             if not isinstance(row, dict):
                 raise ValueError(f"expected an object, found {type(row).__name__}")
             draft = FORMATS[kind](row, train_on, chat)
-        except ValueError as error:
+            drafts.append((where, draft, *render(draft, tokenizer)))
+        except (ValueError, RecursionError) as error:
             if cfg.bad_rows == "skip":
                 counts["bad"] += 1
                 continue
             raise ValueError(f"{where}: {error}") from None
-        drafts.append((where, draft))
         if not draft.responses:
             rows[where] = row
         if len(drafts) == 1024:

@@ -27,10 +27,10 @@ def live(decoder, autocast: Callable) -> Callable:
 
 
 def from_table(table: torch.Tensor) -> Callable:
-    """A source that looks up what was precomputed: table holds every scored token of the dataset, on the host."""
+    """A source that looks up what was precomputed: table holds every scored token of the dataset."""
     def add(batches: list[dict]):
         for batch in batches:
-            batch["reference_log_probs"] = table.to(batch["scored_index"].device, non_blocking=True)[batch["scored_index"]]
+            batch["reference_log_probs"] = table[batch["scored_index"]]
     return add
 
 
@@ -73,7 +73,7 @@ def precompute(load: Callable, weights: str, dataset: Dataset, layout: Layout, p
     if machine.sum(torch.tensor(float(table is None), device=layout.device)) == 0:  # every rank has it
         if machine.rank == 0:
             print(f"reference log-probs of {len(dataset):,} rows: from {path}")
-        return table
+        return table.to(layout.device)
     decoder = load()
     table = torch.zeros(int(dataset.offsets[-1]), device=layout.device,
                         dtype=torch.promote_types(torch.float32, decoder.lm_head.weight.dtype))
@@ -82,10 +82,10 @@ def precompute(load: Callable, weights: str, dataset: Dataset, layout: Layout, p
             with torch.no_grad(), machine.autocast():
                 real = batch["scored"]
                 table[batch["scored_index"][:real]] = decoder(batch, ["log_probs"])["log_probs"][:real]
-    table = machine.sum(table).cpu()  # disjoint shares
+    table = machine.sum(table)  # disjoint shares
     if machine.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
-        save_file({"log_probs": table}, part)
+        save_file({"log_probs": table.cpu()}, part)
         os.replace(part, path)
     return table

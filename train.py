@@ -166,8 +166,9 @@ def train(cfg):
                 loss, metrics = losses.total(terms, streams, batch, counts)
                 scaler.scale(loss * machine.world).backward()  # DDP averages over ranks, the counts are of all of them
             meter.add(loss.detach(), metrics)
+        lr = learning_rate(cfg, step, steps)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step, steps)
+            group["lr"] = lr
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
         scaler.step(optimizer)
@@ -179,10 +180,10 @@ def train(cfg):
         if step % cfg.log_every == 0 or step == steps:
             metrics = meter.read(machine)  # waits for the device
             seconds = time.perf_counter() - begin
-            line = {"step": step, "split": "train", **metrics, "grad_norm": grad_norm.item(), "lr": learning_rate(cfg, step - 1, steps),
-                    "tokens": counts["stream_tokens"], "tokens_per_second": counts["stream_tokens"] / seconds,
-                    "seconds": seconds, "peak_memory_gb": peak_memory_gb(machine)}
-            write_line(line)
+            line = write_line({
+                "step": step, "split": "train", **metrics, "grad_norm": grad_norm.item(), "lr": lr,
+                "tokens": counts["stream_tokens"], "tokens_per_second": counts["stream_tokens"] / seconds,
+                "seconds": seconds, "peak_memory_gb": peak_memory_gb(machine)})
             bar.set_postfix({"loss": f"{line['loss']:.4f}", **({show.split("/")[-1]: f"{line[show]:.3f}"} if show in line else {}),
                              "tok/s": f"{line['tokens_per_second']:,.0f}"})
         if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
@@ -325,13 +326,18 @@ def publish(folder: Path, write: Callable):
     part.mkdir()
     write(part)
     for path in [*part.iterdir(), part]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        fsync(path)
     if folder.exists():
         folder.rename(old)
     part.rename(folder)
+    fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def fsync(path: Path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def checkpoints(out: Path) -> list[Path]:

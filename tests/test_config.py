@@ -1,0 +1,156 @@
+"""Every key comes from where it was last said, has its type, and what is wrong is named with what would be right."""
+import ast
+from dataclasses import fields
+
+import pytest
+
+import config
+from losses import OBJECTIVES
+
+DEFAULTS = {f.name: f.default for f in fields(config.Config)}
+
+
+def load(*arguments):
+    return config.load(list(arguments))
+
+
+def from_file(tmp_path, text, *arguments):
+    (tmp_path / "run.py").write_text(text)
+    return load(f"--config={tmp_path / 'run.py'}", *arguments)
+
+
+def refused(match, *arguments):
+    with pytest.raises(ValueError, match=match):
+        load(*arguments)
+
+
+def test_defaults_then_file_then_command_line(tmp_path):
+    text = "seed = 3\nlr = 2e-4\nobjective = 'dpo'\nbeta = 0.3\n"
+    defaults, given = load(), from_file(tmp_path, text, "--lr=3e-4", "--beta=0.5")
+    assert {key: getattr(defaults, key) for key in DEFAULTS} == DEFAULTS
+    assert (given.epochs, given.seed, given.lr, given.beta) == (1.0, 3, 3e-4, 0.5)
+    assert given.weights == {"dpo": 1.0} and defaults.weights == {"sft": 1.0}
+    assert load("--lr=1.0", "--lr=2.0").lr == 2.0
+
+
+@pytest.mark.parametrize("arguments, key, value", [
+    (["--lr=1e-3"], "lr", 1e-3), (["--lr", "1e-3"], "lr", 1e-3), (["--lr=2"], "lr", 2.0), (["--epochs", "3"], "epochs", 3.0),
+    (["--resume"], "resume", True), (["--resume", "--lr=1.0"], "resume", True), (["--resume=False"], "resume", False),
+    (["--resume", "False"], "resume", False), (["--betas=(0.9,0.95)"], "betas", (0.9, 0.95)),
+    (["--betas", "[0.9, 0.95]"], "betas", (0.9, 0.95)),
+    (["--out_dir=123"], "out_dir", "123"), (["--out_dir", "1e-3"], "out_dir", "1e-3"), (["--out_dir=None"], "out_dir", "None"),
+    (["--out_dir=a=b"], "out_dir", "a=b"), (["--out_dir="], "out_dir", ""), (["--compile"], "compile", True),
+    (["--compile=auto"], "compile", "auto"), (["--train_data=['a', 'b']"], "train_data", ["a", "b"]),
+    (["--train_data=a*.jsonl"], "train_data", "a*.jsonl"),
+    (["--scratch={'model_type': 'llama'}"], "scratch", {"model_type": "llama"}),
+    (["--scratch=None"], "scratch", None), (["--objective={'dpo': 1, 'sft': 0.5}"], "weights", {"dpo": 1.0, "sft": 0.5}),
+    (["--objective=dpo", "--nll_coef=0.5"], "weights", {"dpo": 1.0, "sft": 0.5}),
+    (["--objective=ipo", "--length_normalized"], "length_normalized", True), (["--objective=dpo", "--beta=1"], "beta", 1.0)])
+def test_values_of_the_command_line(arguments, key, value):
+    read = getattr(load(*arguments), key)
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize("arguments, message", ids=lambda value: " ".join(value) if isinstance(value, list) else "", argvalues=[
+    (["--max_step=3"], "command line: unknown key 'max_step'. Did you mean 'max_steps'?.*--help"),
+    (["--objective=dpo", "--bta=0.1"], "unknown key 'bta'. Did you mean 'beta'?"),
+    (["--zzzzzz=1"], "unknown key 'zzzzzz'. `python"),
+    (["--beta=0.1"], r"sft has no hyperparameter 'beta' \(it belongs to dpo, ipo"),
+    (["--objective=dpo", "--length_normalized"], r"dpo has no hyperparameter 'length_normalized' \(it belongs to ipo"),
+    (["--objective=dop"], "command line: unknown objective 'dop'. Did you mean 'dpo'? Known: sft, dpo"),
+    (["--objective={'dpo': 1, 'sf': 1}"], "unknown objective 'sf'. Did you mean 'sft'?"),
+    (["--objective={'dpo': 'x'}"], r"objective\['dpo'\] = 'x' is a str; expected float"),
+    (["--objective={'dpo': True}"], r"objective\['dpo'\] = True is a bool; expected float"),
+    (["--objective={}"], "objective"),
+    (["--objective=3"], "objective = 3 is a int; expected str or dict"),
+    (["--objective=sft", "--nll_coef=0.5"], "nll_coef adds the sft loss"),
+    (["--seed=True"], "seed = True is a bool; expected int"),
+    (["--seed=1.0"], "seed = 1.0 is a float; expected int"),
+    (["--lr=fast"], "lr = 'fast' is a str; expected float"),
+    (["--lr=True"], "lr = True is a bool; expected float"),
+    (["--objective=dpo", "--nll_coef=some"], "nll_coef = 'some' is a str; expected float"),
+    (["--resume=1"], "resume = 1 is a int; expected bool"),
+    (["--betas=0.9"], "betas = 0.9 is a float; expected tuple"),
+    (["--train_data=123"], "train_data = 123 is a int; expected str or list"),
+    (["--scratch={[]: 1}"], "scratch = .* is a str; expected dict"),
+    (["--check=print"], "check = 'print' is a str; expected function"),
+    (["--lr=None"], "lr = None is a NoneType; expected float"),
+    (["--objective=dpo", "--beta=high"], "beta = 'high' is a str; expected float"),
+    (["--objective=ipo", "--length_normalized=1"], "length_normalized = 1 is a int; expected bool"),
+    (["--truncation=cutt"], "truncation = 'cutt'; expected one of 'cut', 'drop', 'error'"),
+    (["--compile=maybe"], "compile = 'maybe'; expected one of True, False, 'auto'"),
+    (["--batch_size=0"], "batch_size = 0; expected at least 1"), (["--lr=-1e-6"], "lr = -1e-06; expected at least 0"),
+    (["--lr=-1"], "lr = -1.*; expected at least 0"), (["--lr=1e999", "--lr=-1e999"], "lr = -inf; expected at least 0"),
+    (["--out_dir"], "out_dir"), (["--out_dir", "--resume"], "out_dir"),
+    (["lr=1"], "'lr=1' was not expected here"), (["--"], "'--' was not expected here"),
+    (["--resume", "True", "x"], "'x' was not expected here")])
+def test_what_is_refused(arguments, message):
+    refused(message.replace("?", r"\?"), *arguments)
+
+
+@pytest.mark.parametrize("line, message", [
+    ("lerning_rate = 1.0", "run.py: unknown key 'lerning_rate'"), ("lr = 'fast'", "run.py: lr = 'fast' is a str; expected float"),
+    ("seed = True", "run.py: seed = True is a bool; expected int"), ("beta = 0.1", "run.py: sft has no hyperparameter 'beta'"),
+    ("objective = 'dop'", "run.py: unknown objective 'dop'"), ("check = 3", "run.py: check = 3 is a int; expected function")])
+def test_the_file_is_named(line, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        from_file(tmp_path, line, "--seed=1" if "seed" not in line else "--lr=1.0")
+
+
+def test_what_is_not_a_key(tmp_path):
+    """Modules, functions, classes and names with an underscore; but a function is one where a key holds functions."""
+    cfg = from_file(tmp_path, "import math\nfrom math import sqrt\nfrom collections import Counter\n_half = 0.5\n"
+                              "def check(prompt, completion, row):\n    return prompt\n"
+                              "def helper(x):\n    return x * _half\nclass Thing: pass\nlr = helper(sqrt(4.0))\n")
+    assert cfg.lr == 1.0 and cfg.check("p", "c", {}) == "p"
+    assert set(vars(cfg)) - OBJECTIVES["sft"].hyperparameters.keys() == DEFAULTS.keys() | {"weights", "bound"}
+    cfg = from_file(tmp_path, "def is_right(prompt, completion, row):\n    return True\ncheck = is_right\n")
+    assert cfg.check("", "", {}) is True
+
+
+def test_a_missing_file_is_named(tmp_path):
+    (tmp_path / "dpo.py").write_text("")
+    refused(rf"{tmp_path}/dop.py: no such config file; did you mean {tmp_path}/dpo.py\?", f"--config={tmp_path}/dop.py")
+    refused("nowhere/dpo.py: no such config file$", "--config", "nowhere/dpo.py")
+
+
+def test_a_stage_inherits_seed_and_machine_only(tmp_path):
+    (tmp_path / "stage.py").write_text("seed = 1\nlr = 0.5\ndevice = 'cpu'\n")
+    parent = load("--seed=7", "--dtype=float64", "--lr=0.25", "--device=auto", "--compile=False")
+    stage = config.load_stage(str(tmp_path / "stage.py"), parent)
+    assert (stage.seed, stage.dtype, stage.device, stage.compile, stage.lr) == (7, "float64", "auto", False, 0.5)
+
+
+def test_terms_bind_weights_and_hyperparameters():
+    terms = config.terms(load("--objective={'dpo': 2, 'sft': 0.5}", "--beta=0.3"), False)
+    assert [(t.objective.name, t.weight, t.hyperparameters) for t in terms] == [
+        ("dpo", 2.0, {"beta": 0.3, "label_smoothing": 0.0}), ("sft", 0.5, {"per_sequence": False})]
+    assert [t.loss for t in terms] == [OBJECTIVES["dpo"].loss, OBJECTIVES["sft"].loss]
+    assert config.data_kind(load("--objective={'dpo': 2, 'sft': 0.5}")) == "preference" and config.data_kind(load()) == "sft"
+
+
+def test_help_lists_every_key_with_its_default():
+    lines = config.help_text().splitlines()
+    listed = dict(line.strip().removeprefix("--").split("=", 1) for line in lines if line.startswith("  --"))
+    assert {key: ast.literal_eval(value) for key, value in listed.items()} == DEFAULTS
+    for o in OBJECTIVES.values():
+        line, = (line for line in lines if line.split()[:1] == [o.name])
+        assert line.split()[1:] == [f"--{key}={value}" for key, value in o.hyperparameters.items()]
+    assert max(map(len, lines)) <= 80
+    assert all(lines[i + 1].startswith("      ") for i, line in enumerate(lines) if line.startswith("  --"))  # each is explained
+
+
+@pytest.mark.parametrize("argument, changes", [
+    ("--lr=0.5", True), ("--seed=1", True), ("--beta=0.5", True), ("--train_data=x", True), ("--nll_coef=0.5", True),
+    ("--max_length=64", True), ("--dtype=float64", True), ("--objective=ipo", True), ("--out_dir=x", False),
+    ("--log_every=7", False), ("--save_every=7", False), ("--keep_checkpoints=7", False), ("--resume", False),
+    ("--cache_dir=x", False)])
+def test_digest_is_of_what_decides_the_result(argument, changes):
+    assert (config.digest(load("--objective=dpo", argument)) != config.digest(load("--objective=dpo"))) == changes
+
+
+@pytest.mark.parametrize("a, b", [
+    (["--lr=1"], ["--lr=1.0"]), (["--nll_coef=1"], ["--nll_coef=1.0"]), (["--beta=0.1"], []), (["--betas=[0.9, 0.999]"], []),
+    (["--objective={'dpo': 1}"], ["--objective={'dpo': 1.0}"])])
+def test_digest_does_not_depend_on_how_it_is_said(a, b):
+    assert config.digest(load("--objective=dpo", *a)) == config.digest(load("--objective=dpo", *b))

@@ -1,0 +1,696 @@
+"""Rows become the right text, text the right ids, masks follow positions, and steps use every row once."""
+import gzip
+import itertools
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import config
+import data
+from conftest import ROOT, as_dataset, layout, random_trees
+
+ARITHMETIC = ROOT / "tasks" / "arithmetic"  # a token per character of 0-9 + = and newline; BOS is not added by itself
+S, U, A = (lambda text, role=role: {"role": role, "content": text} for role in ("system", "user", "assistant"))
+LLAMA2 = ("{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}"
+          "{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}")  # no generation prompt
+PLAIN = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")  # does not close the turn
+
+
+def write(path, rows):
+    """Rows as JSONL or a JSON array, .gz of either; bytes as they are."""
+    text = json.dumps(rows) if ".json" in path.suffixes else "".join(json.dumps(r) + "\n" for r in rows)
+    raw = rows if isinstance(rows, bytes) else text.encode()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return str(path)
+
+
+def load(paths, tokenizer, kind="sft", **keys):
+    cfg = config.load([f"--{key}={value}" for key, value in {"max_length": 100_000, **keys}.items()])
+    return data.load(paths, kind, tokenizer, cfg, False)
+
+
+def one(tmp_path, row, tokenizer, kind="sft", **keys):
+    """The one example of a row, and the counts."""
+    dataset = load(write(tmp_path / "row.jsonl", [row]), tokenizer, kind, **keys)
+    return dataset.examples[0], dataset.counts
+
+
+def text_of(tokenizer, ids):
+    return tokenizer.fast.decode(list(ids), skip_special_tokens=False)
+
+
+def tokens_of(tokenizer, ids):
+    return [tokenizer.fast.id_to_token(int(i)) for i in ids]
+
+
+def runs(tokenizer, ids, scored):
+    """Text of each stretch of scored tokens."""
+    return [text_of(tokenizer, [int(i) for i, _ in part])
+            for is_scored, part in itertools.groupby(zip(ids, scored), key=lambda pair: bool(pair[1])) if is_scored]
+
+
+def with_template(tmp_path, folder, source):
+    (tmp_path / "template.jinja").write_text(source)
+    return data.Tokenizer(folder, str(tmp_path / "template.jinja"))
+
+
+def changed_tokenizer(folder, **changes):
+    """The arithmetic tokenizer in another folder with another tokenizer_config.json; None removes a key."""
+    folder.mkdir()
+    shutil.copy(ARITHMETIC / "tokenizer.json", folder)
+    given = {**json.loads((ARITHMETIC / "tokenizer_config.json").read_text()), **changes}
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in given.items() if v is not None}))
+    return data.Tokenizer(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formats: name -> kind, row, prompt and responses
+
+FORMATS = {
+    "text": ("sft", {"prompt": "Once upon", "completion": " a time"}, "Once upon", [" a time"]),
+    "completion of messages": ("sft", {"prompt": [U("hi")], "completion": [A("yo")]}, [U("hi")], [[A("yo")]]),
+    "text completion of messages": ("sft", {"prompt": [U("hi")], "completion": "yo"}, [U("hi")], [[A("yo")]]),
+    "one message": ("sft", {"prompt": U("hi"), "completion": A("yo")}, [U("hi")], [[A("yo")]]),
+    "messages": ("sft", {"messages": [S("be brief"), U("hi"), A("yo"), U("and"), A("so")]},
+                 [S("be brief"), U("hi")], [[A("yo"), U("and"), A("so")]]),
+    "last turn is the user's": ("sft", {"messages": [U("hi"), A("yo"), U("and")]}, [U("hi")], [[A("yo")]]),
+    "system key": ("sft", {"messages": [U("hi"), A("yo")], "system": "be brief"}, [S("be brief"), U("hi")], [[A("yo")]]),
+    "empty system key": ("sft", {"messages": [U("hi"), A("yo")], "system": None}, [U("hi")], [[A("yo")]]),
+    "parts": ("sft", {"messages": [U([{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]),
+                                   A([{"type": "text", "value": "yo"}])]}, [U("hi")], [[A("yo")]]),
+    "part without text": ("sft", {"messages": [U([{"type": "image", "text": None}, {"type": "text", "text": "hi"}]), A("yo")]},
+                          [U("hi")], [[A("yo")]]),
+    "sharegpt": ("sft", {"system": "be brief", "conversations": [
+        {"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}, {"from": "human", "value": "and"},
+        {"from": "chatgpt", "value": "so"}]}, [S("be brief"), U("hi")], [[A("yo"), U("and"), A("so")]]),
+    "sharegpt tools": ("sft", {"conversations": [
+        {"from": "system", "value": "be brief"}, {"from": "human", "value": "hi"}, {"from": "function_call", "value": "f()"},
+        {"from": "observation", "value": "3"}, {"from": "gpt", "value": "yo"}]},
+        [S("be brief"), U("hi")], [[A("f()"), {"role": "tool", "content": "3"}, A("yo")]]),
+    "alpaca": ("sft", {"instruction": "Add.", "input": "1 2", "output": "3"}, [U("Add.\n1 2")], [[A("3")]]),
+    "alpaca without input": ("sft", {"instruction": "Add.", "output": "3", "system": "be brief"},
+                             [S("be brief"), U("Add.")], [[A("3")]]),
+    "whole text": ("sft", {"text": "Once upon a time"}, "", ["Once upon a time"]),
+    "chosen side": ("sft", {"prompt": "1+1=", "chosen": "2", "rejected": "3"}, "1+1=", ["2"]),
+    "pair": ("preference", {"prompt": "1+1=", "chosen": "2", "rejected": "3"}, "1+1=", ["2", "3"]),
+    "pair of messages": ("preference", {"prompt": [U("hi")], "chosen": [A("yo")], "rejected": [A("no")]},
+                         [U("hi")], [[A("yo")], [A("no")]]),
+    "text pair of messages": ("preference", {"prompt": [U("hi")], "chosen": "yo", "rejected": "no", "system": "be brief"},
+                              [S("be brief"), U("hi")], [[A("yo")], [A("no")]]),
+    "pair of conversations": ("preference", {"prompt": "hi", "chosen": [U("hi"), A("yo")], "rejected": [U("hi"), A("no")]},
+                              [U("hi")], [[A("yo")], [A("no")]]),
+    "pair of conversations, system key": (
+        "preference", {"prompt": "hi", "system": "be brief", "chosen": [U("hi"), A("yo")], "rejected": [U("hi"), A("no")]},
+        [S("be brief"), U("hi")], [[A("yo")], [A("no")]]),
+    "implicit prompt": ("preference", {"chosen": "Sky?\nIt is blue", "rejected": "Sky?\nit is red"},
+                        "Sky?\n", ["It is blue", "it is red"]),
+    "implicit prompt of words": ("preference", {"chosen": "The sky is blue", "rejected": "The sky is bland"},
+                                 "The sky is", [" blue", " bland"]),
+    "implicit prompt of messages": (
+        "preference", {"chosen": [U("hi"), A("yo"), U("and"), A("so")], "rejected": [U("hi"), A("yo"), U("and"), A("no")]},
+        [U("hi"), A("yo"), U("and")], [[A("so")], [A("no")]]),
+    "equal conversations": ("preference", {"chosen": [U("hi"), A("yo")], "rejected": [U("hi"), A("yo")]},
+                            [U("hi")], [[A("yo")], [A("yo")]]),
+    "hh": ("preference", {"chosen": "\n\nHuman: hi\n\nAssistant: yo", "rejected": "\n\nHuman: hi\n\nAssistant: yes"},
+           "\n\nHuman: hi\n\nAssistant:", [" yo", " yes"]),
+    "hh, several turns": (
+        "preference", {"chosen": "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: and\n\nAssistant: so",
+                       "rejected": "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: and\n\nAssistant: no"},
+        "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: and\n\nAssistant:", [" so", " no"]),
+    "sharegpt pair": ("preference", {"conversations": [{"from": "human", "value": "hi"}], 
+                                     "chosen": {"from": "gpt", "value": "yo"}, "rejected": {"from": "gpt", "value": "no"}},
+                     [U("hi")], [[A("yo")], [A("no")]]),
+    "prompt": ("prompts", {"prompt": "1+1=", "answer": "2"}, "1+1=", []),
+    "prompt of messages": ("prompts", {"prompt": [U("hi")]}, [U("hi")], []),
+}
+each_format = pytest.mark.parametrize("kind, row, prompt, responses", FORMATS.values(), ids=FORMATS)
+
+
+@each_format
+def test_formats(kind, row, prompt, responses):
+    pairs = [(0, 1)] if kind == "preference" else []
+    draft = data.FORMATS[kind](row, data.TRAIN_ON[kind], True)
+    assert draft == data.Draft(prompt, responses, [True, False][:len(responses)], pairs)
+
+
+@each_format
+@pytest.mark.parametrize("mode", ["joint", "apart"])
+def test_formats_as_ids(kind, row, prompt, responses, mode, smollm2, tmp_path):
+    """The ids say what the row says, and the scored ones are the assistant's words, each turn with its end."""
+    def chatml(messages):
+        own = S("You are a helpful AI assistant named SmolLM, trained by Hugging Face")
+        messages = messages if messages[0]["role"] == "system" else [own, *messages]
+        return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+
+    tokenizer = data.Tokenizer(smollm2)
+    example, _ = one(tmp_path, row, tokenizer, kind, tokenize=mode)
+    asked = prompt or "<|im_start|>" if isinstance(prompt, str) else chatml(prompt) + "<|im_start|>assistant\n"
+    assert text_of(tokenizer, example.prompt) == asked
+    assert example.row == (row if kind == "prompts" else None)
+    for ids, scored, response in zip(example.responses, example.scored, responses, strict=True):
+        messages = [A(response)] if isinstance(response, str) else response
+        assert runs(tokenizer, ids, scored) == [m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant"]
+        whole = asked + response + "<|im_end|>\n" if isinstance(response, str) else chatml(prompt + response)
+        assert text_of(tokenizer, [*example.prompt, *ids]) + "\n" == whole
+
+
+@pytest.mark.parametrize("given, prompt", [
+    ("", "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+         "### Instruction:\nAdd.\n\n### Response:\n"),
+    ("1 2", "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
+            "that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")])
+def test_alpaca_without_a_template(given, prompt, stories, tmp_path):
+    row, tokenizer = {"instruction": "Add.", "input": given, "output": "3"}, data.Tokenizer(stories)
+    assert data.sft_row(row, "all", False) == data.Draft(prompt, ["3"], [True])
+    example, _ = one(tmp_path, row, tokenizer)
+    assert text_of(tokenizer, [*example.prompt, *example.responses[0]]) == "<s> " + prompt + "3</s>"
+
+
+@pytest.mark.parametrize("a, b", [
+    ("The sky is blue", "The sky is blue today"), ("x y", "x z"), ("x", "x"), ("", "x"), ("a\nb", "a\nc")])
+def test_an_implicit_prompt_does_not_depend_on_which_side_is_chosen(a, b):
+    assert data.shared_prompt(a, b) == data.shared_prompt(b, a)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz"])
+def test_containers(name, tmp_path):
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(3)]
+    file = write(tmp_path / name, rows)
+    dataset = load(file, data.Tokenizer(ARITHMETIC), "prompts")
+    assert [e.row for e in dataset.examples] == rows
+    assert [e.where for e in dataset.examples] == [f"{file}:{i + 1}" if "jsonl" in name else f"{file}[{i}]" for i in range(3)]
+
+
+def test_several_files_globs_and_blank_lines(tmp_path):
+    write(tmp_path / "b.jsonl", b'\n{"prompt": "2"}\n  \r\n{"prompt": "3"}')
+    write(tmp_path / "a.jsonl.gz", [{"prompt": "1"}])
+    write(tmp_path / "c.json", [{"prompt": "4"}])
+    dataset = load([str(tmp_path / "c.json"), str(tmp_path / "*.jsonl*")], data.Tokenizer(ARITHMETIC), "prompts")
+    assert [e.row["prompt"] for e in dataset.examples] == ["4", "1", "2", "3"]
+    where = [e.where.removeprefix(f"{tmp_path}/") for e in dataset.examples]
+    assert where == ["c.json[0]", "a.jsonl.gz:1", "b.jsonl:2", "b.jsonl:4"]
+
+
+def test_rows_stay_with_their_examples(tmp_path):
+    """More rows than are tokenized at once."""
+    tokenizer = data.Tokenizer(ARITHMETIC)
+    dataset = load(write(tmp_path / "a.jsonl", [{"prompt": f"{i}="} for i in range(2500)]), tokenizer, "prompts")
+    assert [e.row["prompt"] for e in dataset.examples] == [text_of(tokenizer, e.prompt) for e in dataset.examples] == [
+        f"{i}=" for i in range(2500)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks and templates
+
+
+@pytest.mark.parametrize("train_on, trained", [("", ["a<|im_end|>", "b<|im_end|>"]), ("all", ["a<|im_end|>", "b<|im_end|>"]),
+                                               ("last", ["b<|im_end|>"])])
+def test_train_on(train_on, trained, smollm2, tmp_path):
+    """The user's <|im_end|>, which is EOS and pad as well, is not trained; nor is what only the prompt holds."""
+    tokenizer, row = data.Tokenizer(smollm2), {"messages": [U("q"), A("a"), U("r"), A("b"), U("s")]}
+    example, _ = one(tmp_path, row, tokenizer, train_on=train_on)
+    assert runs(tokenizer, example.responses[0], example.scored[0]) == trained
+    assert (example.responses[0][~example.scored[0]] == tokenizer.eos).sum() == len(trained) - 1
+
+
+def test_text_with_eos_in_the_prompt(smollm2, tmp_path):
+    tokenizer = data.Tokenizer(smollm2)
+    row = {"prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "completion": "a <|im_end|> b"}
+    example, _ = one(tmp_path, row, tokenizer)
+    assert text_of(tokenizer, example.prompt) == row["prompt"] and example.scored[0].all()
+    assert text_of(tokenizer, example.responses[0]) == "a <|im_end|> b<|im_end|>"
+
+
+@pytest.mark.parametrize("mode", ["joint", "apart"])
+@pytest.mark.parametrize("file", ["sft/v1-sft-demo.jsonl", "preference/sharegpt-dpo-en.json"])
+def test_real_chats_are_what_transformers_renders(file, mode, real, smollm2, tmp_path):
+    """Of the pairs, the conversations before them that have an assistant's turn."""
+    transformers = pytest.importorskip("transformers")
+    theirs, tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2), data.Tokenizer(smollm2)
+    text = (real / file).read_text()
+    rows = json.loads(text) if file.endswith(".json") else [json.loads(line) for line in text.splitlines()]
+    key = next(iter(rows[0]))
+    rows = [{key: row[key]} for row in rows if any(m.get("role", m.get("from")) in ("assistant", "gpt") for m in row[key])]
+    dataset = load(write(tmp_path / "rows.jsonl", rows), tokenizer, tokenize=mode)
+    assert len(dataset) == len(rows) > 100 and dataset.counts["apart"] == 0
+    newline = tokenizer.fast.encode("\n").ids
+    for row, example in zip(rows, dataset.examples, strict=True):
+        messages = data.messages_field(row, key)
+        turns = [m["content"] for m in messages if m["role"] == "assistant"]
+        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        expected = theirs.apply_chat_template(messages[:last + 1], return_dict=False)
+        assert [*example.prompt, *example.responses[0], *newline] == expected
+        assert runs(tokenizer, example.responses[0], example.scored[0]) == [turn + "<|im_end|>" for turn in turns]
+
+
+@pytest.mark.parametrize("source", [
+    data.CHATML,
+    LLAMA2,
+    "{{ bos_token }}{% for m in messages %}\n    {% if loop.first %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}\n",
+    "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{{ m | tojson(indent=2) }}{% endfor %}",
+    "{{ strftime_now('%Y') }}",
+    "{% if tools is not none %}{{ 'tools' }}{% endif %}{{ messages[0]['content'] }}"])
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_templates_render_as_in_transformers(source, add_generation_prompt, stories, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    messages = [U("é < 'a'"), A("yo")]
+    expected = transformers.AutoTokenizer.from_pretrained(stories).apply_chat_template(
+        messages, chat_template=source, tokenize=False, add_generation_prompt=add_generation_prompt)
+    assert with_template(tmp_path, stories, source).render(messages, add_generation_prompt) == expected
+
+
+@pytest.mark.parametrize("source", [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    "{{ messages.append(1) }}", "{{ messages[0].update(role='x') }}"])
+def test_a_template_stays_in_its_sandbox(source, tmp_path):
+    tokenizer = with_template(tmp_path, ARITHMETIC, source)
+    with pytest.raises(ValueError, match=r"row.jsonl:1: chat template: SecurityError"):
+        one(tmp_path, {"messages": [U("1"), A("2")]}, tokenizer)
+
+
+def test_where_a_template_comes_from(tmp_path):
+    """The config's, else the folder's file, else the one in tokenizer_config.json, of several the default."""
+    assert changed_tokenizer(tmp_path / "none").chat_template == ""
+    assert changed_tokenizer(tmp_path / "one", chat_template="x").chat_template == "x"
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
+    assert changed_tokenizer(tmp_path / "several", chat_template=named).chat_template == "y"
+    (tmp_path / "one" / "chat_template.jinja").write_text("z")
+    assert data.Tokenizer(tmp_path / "one").chat_template == "z"
+    assert data.Tokenizer(tmp_path / "one", "chatml").chat_template == data.CHATML
+    assert data.Tokenizer(tmp_path / "one", str(tmp_path / "one" / "chat_template.jinja")).chat_template == "z"
+    with pytest.raises(ValueError, match="'chatm' is neither 'chatml' nor a file"):
+        data.Tokenizer(tmp_path / "one", "chatm")
+    with pytest.raises(ValueError, match=r"row.jsonl:1: messages need a chat template.*chatml"):
+        one(tmp_path, {"messages": [U("1"), A("2")]}, data.Tokenizer(ARITHMETIC))
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+@pytest.mark.parametrize("answer, trained", [("5", ["5", "5<|im_end|>"]), ("yes", ["yes", " yes<|im_end|>"])])
+def test_a_header_that_ends_in_a_space(answer, trained, trimmed, smollm2, tmp_path):
+    """The space is trained only where it is one token with the answer, whether or not offsets count it (Llama 3: not)."""
+    vocabulary = json.loads((smollm2 / "tokenizer.json").read_text())
+    if trimmed:
+        vocabulary["post_processor"] = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(vocabulary))
+    shutil.copy(smollm2 / "tokenizer_config.json", tmp_path)
+    tokenizer = with_template(tmp_path, tmp_path, PLAIN)
+    example, _ = one(tmp_path, {"messages": [U("x"), A(answer)] * 2}, tokenizer)
+    assert runs(tokenizer, example.responses[0], example.scored[0]) == trained
+
+
+def test_a_header_that_ends_in_a_space_sentencepiece(stories, tmp_path):
+    tokenizer = with_template(tmp_path, stories, PLAIN)
+    example, _ = one(tmp_path, {"messages": [U("x"), A("yes")] * 2}, tokenizer)
+    assert tokens_of(tokenizer, example.responses[0][example.scored[0]]) == ["y", "es", "▁y", "es", "</s>"]
+
+
+@pytest.mark.parametrize("mode", ["joint", "apart"])
+@pytest.mark.parametrize("messages", [[U("hi"), A("yo")], [A("yo"), U("hi"), A("yo")]])
+def test_a_template_without_generation_prompt(messages, mode, smollm2, tmp_path):
+    tokenizer = with_template(tmp_path, smollm2, LLAMA2)
+    example, _ = one(tmp_path, {"messages": messages}, tokenizer, tokenize=mode)
+    assert runs(tokenizer, example.responses[0], example.scored[0]) == [" yo<|im_end|>"] * (len(messages) - 1 or 1)
+    first = [] if messages[0] == A("yo") else example.prompt  # else it is BOS, for want of a prompt
+    whole = "".join("[INST] hi [/INST]" if m == U("hi") else " yo<|im_end|>" for m in messages)
+    assert text_of(tokenizer, [*first, *example.responses[0]]) == whole
+
+
+def test_a_template_that_rewrites_earlier_turns(tmp_path):
+    source = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '' }}={% endfor %}"
+    tokenizer, row = with_template(tmp_path, ARITHMETIC, source), {"messages": [U("1"), A("2"), U("3"), A("4")]}
+    with pytest.raises(ValueError, match=r"row.jsonl:1: .*train_on = 'last'"):
+        one(tmp_path, row, tokenizer)
+    example, _ = one(tmp_path, row, tokenizer, train_on="last")
+    assert text_of(tokenizer, [*example.prompt, *example.responses[0]]) == "1==3=4=<eos>"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# BOS, EOS, joint and apart
+
+
+@pytest.mark.parametrize("mode", ["joint", "apart"])
+@pytest.mark.parametrize("row", [
+    {"prompt": "Once upon", "completion": " a time"}, {"prompt": "<s>Once upon", "completion": " a time"},
+    {"prompt": "", "completion": "Once"}, {"text": "Once upon a time"}, {"messages": [U("hi"), A("yo")]}])
+def test_bos_once_and_first(row, mode, stories, tmp_path):
+    tokenizer = with_template(tmp_path, stories, "{{ bos_token }}" + PLAIN)
+    example, _ = one(tmp_path, row, tokenizer, tokenize=mode)
+    ids = [*example.prompt, *example.responses[0]]
+    assert ids[0] == tokenizer.bos and ids.count(tokenizer.bos) == 1
+
+
+def test_a_template_without_bos_has_none(stories, tmp_path):
+    """Nothing is put before what a template writes, as in transformers."""
+    tokenizer, messages = with_template(tmp_path, stories, PLAIN), [U("hi"), A("yo")]
+    example, _ = one(tmp_path, {"messages": messages}, tokenizer)
+    assert example.prompt.tolist() == tokenizer.fast.encode("user: hi\nassistant: ", add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("row, template", [
+    ({"prompt": "1+1=", "completion": "2"}, ""), ({"prompt": "1+1=", "completion": "2<eos>"}, ""), ({"text": "1+1=2"}, ""),
+    ({"prompt": "1+1=", "completion": ""}, ""),
+    ({"messages": [U("1"), A("2")]}, "{% for m in messages %}{{ m.content }}={% endfor %}"),
+    ({"messages": [U("1"), A("2")]}, "{% for m in messages %}{{ m.content }}{{ eos_token if loop.index == 2 }}\n{% endfor %}")])
+def test_eos_once_and_only_behind_a_whole_response(row, template, tmp_path):
+    tokenizer = with_template(tmp_path, ARITHMETIC, template)
+    example, counts = one(tmp_path, row, tokenizer)
+    ids, scored = example.responses[0], example.scored[0]
+    assert ids[-1] == tokenizer.eos and (ids == tokenizer.eos).sum() == 1 and scored[-1] and counts["truncated"] == 0
+    if len(ids) > 1:
+        n = len(example.prompt)
+        cut, counts = one(tmp_path, row, tokenizer, max_length=n + len(ids) - 1, max_prompt_length=n)
+        assert (cut.responses[0] == ids[:-1]).all() and counts["truncated"] == 1
+
+
+def test_an_empty_prompt_is_bos_or_else_eos(tmp_path):
+    for tokenizer, first in ((data.Tokenizer(ARITHMETIC), "<bos>"), (changed_tokenizer(tmp_path / "t", bos_token=None), "<eos>")):
+        example, _ = one(tmp_path, {"prompt": "", "completion": "1"}, tokenizer)
+        assert tokens_of(tokenizer, example.prompt) == [first]
+
+
+def test_a_tokenizer_without_its_eos_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="eos_token '<end>' is not a token"):
+        changed_tokenizer(tmp_path / "t", eos_token="<end>")
+    with pytest.raises(ValueError, match="no tokenizer.json there"):
+        data.Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("completion, tokens", [
+    (" a time", ["▁a", "▁time", "</s>"]), ("time", ["t", "ime", "</s>"]), ("\nTom", ["<0x0A>", "T", "om", "</s>"]),
+    ("", ["</s>"])])
+def test_no_dummy_prefix_inside_a_row(completion, tokens, stories, tmp_path):
+    tokenizer = data.Tokenizer(stories)
+    example, _ = one(tmp_path, {"prompt": "Once", "completion": completion}, tokenizer, tokenize="apart")
+    assert tokens_of(tokenizer, example.prompt) == ["<s>", "▁Once"] and tokens_of(tokenizer, example.responses[0]) == tokens
+
+
+def test_ids_apart_say_what_the_text_says(stories):
+    hypothesis = pytest.importorskip("hypothesis")
+    tokenizer = data.Tokenizer(stories)
+
+    @hypothesis.given(hypothesis.strategies.text("ab é\n😀.", max_size=12))
+    def decodes(text):
+        ids, offsets = tokenizer.continuation(text)
+        assert text_of(tokenizer, tokenizer.fast.encode("Once").ids + ids) == "<s> Once" + text
+        assert all(0 <= begin <= end <= len(text) for begin, end in offsets) and len(offsets) == len(ids)
+
+    decodes()
+
+
+@pytest.mark.parametrize("mode", ["joint", "apart"])
+def test_whole_texts_are_the_tokenizers_own_ids(mode, stories, tmp_path):
+    """There is nothing before them that they continue: SentencePiece's dummy prefix belongs there."""
+    tokenizer, text = data.Tokenizer(stories), "Once upon a time"
+    example, _ = one(tmp_path, {"text": text}, tokenizer, tokenize=mode)
+    assert [*example.prompt, *example.responses[0]] == [*tokenizer.fast.encode(text).ids, tokenizer.eos]
+
+
+def test_joint_ids_are_the_tokenizers_own_where_they_can_be(stories, tmp_path):
+    """Every row whose joint ids begin with the prompt's, and the others are counted."""
+    tokenizer, plain = data.Tokenizer(stories), lambda text: data.Tokenizer(stories).fast.encode(text).ids
+    rows = [{"prompt": prompt, "completion": completion}
+            for prompt in ("Once upon", "Once upon ", "Lily was", "a\n") for completion in (" a time", "time", "\n", "s")]
+    dataset = load(write(tmp_path / "rows.jsonl", rows), tokenizer)
+    split = [plain(r["prompt"] + r["completion"])[:len(plain(r["prompt"]))] == plain(r["prompt"]) for r in rows]
+    assert 0 < dataset.counts["apart"] == split.count(False) < len(rows)
+    for row, is_split, example in zip(rows, split, dataset.examples, strict=True):
+        ids = [*example.prompt, *example.responses[0]]
+        assert (ids == [*plain(row["prompt"] + row["completion"]), tokenizer.eos]) == is_split
+        assert text_of(tokenizer, ids) == "<s> " + row["prompt"] + row["completion"] + "</s>"
+    assert load(str(tmp_path / "rows.jsonl"), tokenizer, tokenize="apart").counts["apart"] == 0  # asked for: not a fallback
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Truncation and counts
+
+
+@pytest.mark.parametrize("max_length, max_prompt_length, prompt, response, truncated", [
+    (12, 0, "<bos>12345=", "6789<eos>", 0),
+    (11, 0, "<bos>345=", "6789<eos>", 1),
+    (8, 0, "<bos>45=", "6789", 1),
+    (12, 4, "<bos>45=", "6789<eos>", 1),
+    (9, 7, "<bos>12345=", "67", 1)])
+def test_cut(max_length, max_prompt_length, prompt, response, truncated, tmp_path):
+    tokenizer = changed_tokenizer(tmp_path / "t", add_bos_token=True)
+    row, lengths = {"prompt": "12345=", "completion": "6789"}, dict(max_length=max_length, max_prompt_length=max_prompt_length)
+    example, counts = one(tmp_path, row, tokenizer, **lengths)
+    assert (text_of(tokenizer, example.prompt), text_of(tokenizer, example.responses[0])) == (prompt, response)
+    assert len(example.scored[0]) == len(example.responses[0]) and counts["truncated"] == truncated
+    if truncated:
+        with pytest.raises(ValueError, match=r"row.jsonl:1: 7 prompt \+ 5 response tokens do not fit"):
+            one(tmp_path, row, tokenizer, truncation="error", **lengths)
+        file = write(tmp_path / "rows.jsonl", [row, {"prompt": "1", "completion": "2"}])
+        dataset = load(file, tokenizer, truncation="drop", **lengths)
+        assert len(dataset) == 1 and dataset.counts["dropped"] == 1 and dataset.counts["truncated"] == 0
+
+
+def test_cut_fits_and_takes_only_the_ends(tmp_path):
+    """Whatever the lengths: BOS and the end of the prompt, the beginning of the responses, and no longer than asked."""
+    hypothesis = pytest.importorskip("hypothesis")
+    number, tokenizer = hypothesis.strategies.integers, changed_tokenizer(tmp_path / "t", add_bos_token=True)
+
+    @hypothesis.given(number(0, 9), number(0, 9), number(0, 9), number(2, 14), number(0, 16))
+    @hypothesis.settings(deadline=None, max_examples=200)
+    def fits(prompt, chosen, rejected, max_length, max_prompt_length):
+        lengths = dict(max_length=max_length, max_prompt_length=max_prompt_length)
+        row = {"prompt": "123456789"[:prompt], "chosen": "1" * chosen, "rejected": "2" * rejected}
+        file = write(tmp_path / "rows.jsonl", [row, {"prompt": "", "chosen": "", "rejected": ""}])
+        whole, cut = (load(file, tokenizer, "preference", **keys) for keys in ({}, lengths))
+        assert cut.counts["read"] == 2 == len(cut) + cut.counts["dropped"]
+        before, after = whole.examples[0], cut.examples[0]
+        if after.where != before.where:
+            return
+        assert len(after.prompt) + max(map(len, after.responses)) <= max_length
+        assert not max_prompt_length or len(after.prompt) <= max_prompt_length
+        kept = len(after.prompt) - 1
+        assert kept == 0 or [*after.prompt] == [tokenizer.bos, *before.prompt[len(before.prompt) - kept:]]
+        assert all([*a] == [*b[:len(a)]] for a, b in zip(after.responses, before.responses))
+        assert all(m.any() and len(m) == len(a) for m, a in zip(after.scored, after.responses))
+        fitted = len(before.prompt) + max(map(len, before.responses)) <= max_length and (
+            not max_prompt_length or len(before.prompt) <= max_prompt_length)
+        assert (cut.counts["truncated"] == 0) == fitted
+        assert not fitted or (after.length, kept + 1) == (before.length, len(before.prompt))
+
+    fits()
+
+
+def test_a_prompt_without_bos_keeps_its_end(tmp_path):
+    tokenizer = data.Tokenizer(ARITHMETIC)
+    example, _ = one(tmp_path, {"prompt": "12345=", "completion": "67"}, tokenizer, max_length=8)
+    assert text_of(tokenizer, example.prompt) == "345="
+
+
+def test_nothing_left_to_score_is_dropped(tmp_path):
+    """A response that begins with the user's words is cut before the assistant's."""
+    tokenizer = with_template(tmp_path, ARITHMETIC, "{% for m in messages %}{{ m.content }}={% endfor %}")
+    rows = [{"prompt": [U("1")], "completion": [U("2345"), A("6")]}, {"prompt": [U("1")], "completion": [A("6")]}]
+    dataset = load(write(tmp_path / "rows.jsonl", rows), tokenizer, max_length=5, max_prompt_length=4)
+    assert [e.where[-1] for e in dataset.examples] == ["2"] and dataset.counts["dropped"] == 1
+    with pytest.raises(ValueError, match="no row left to train on"):
+        load(write(tmp_path / "rows.jsonl", rows[:1]), tokenizer, max_length=5, max_prompt_length=4)
+
+
+@pytest.mark.parametrize("truncation", ["cut", "drop"])
+@pytest.mark.parametrize("file, kind, rows, model, max_length", [
+    ("preference/hh-harmless-test.jsonl.gz", "preference", 2312, "stories", 80),
+    ("preference/sharegpt-dpo-en.json", "preference", 300, "smollm2", 200),
+    ("sft/alpaca-en.json", "sft", 999, "stories", 200), ("sft/v1-sft-demo.jsonl", "sft", 500, "smollm2", 80)])
+def test_counts_add_up_on_real_files(file, kind, rows, model, max_length, truncation, real, request):
+    tokenizer = data.Tokenizer(request.getfixturevalue(model))
+    dataset = load(str(real / file), tokenizer, kind, max_length=max_length, truncation=truncation)
+    counts = dataset.counts
+    assert rows == counts["read"] == counts["used"] + counts["dropped"] + counts["bad"] and counts["used"] == len(dataset)
+    assert counts["truncated" if truncation == "cut" else "dropped"] > 0 == counts["bad"]
+    assert set(counts) <= set(data.COUNTS) and len({e.where for e in dataset.examples}) == len(dataset)
+    scored = [int(m.sum()) for e in dataset.examples for m in e.scored]
+    assert min(scored) > 0 and dataset.offsets[0] == 0 and (np.diff(dataset.offsets).sum() == dataset.offsets[-1] == sum(scored))
+    assert all(len(e.prompt) + max(map(len, e.responses)) <= max_length for e in dataset.examples)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Malformed rows
+
+MALFORMED = {
+    "truncated": b'{"prompt": "1+1=", "compl',
+    "two objects": b'{"prompt": "1"} {"completion": "2"}',
+    "array": b'["1+1=", "2"]',
+    "null": b"null",
+    "no known keys": b'{"question": "1+1=", "answer": "2"}',
+    "no completion": b'{"prompt": "1+1="}',
+    "number for text": b'{"prompt": "1+1=", "completion": 2}',
+    "null for text": b'{"prompt": null, "completion": "2"}',
+    "number in alpaca": b'{"instruction": "1", "output": 2}',
+    "number in whole text": b'{"text": 2}',
+    "messages as text": b'{"messages": "hi"}',
+    "no messages": b'{"messages": []}',
+    "messages of text": b'{"messages": ["hi"]}',
+    "no assistant": b'{"messages": [{"role": "user", "content": "1"}]}',
+    "no assistant in the completion": b'{"prompt": {"role": "user", "content": "1"}, "completion": {"role": "tool", "content": ""}}',
+    "unknown role": b'{"messages": [{"role": "robot", "content": "1"}]}',
+    "role of the wrong type": b'{"messages": [{"role": ["user"], "content": "1"}]}',
+    "content of the wrong type": b'{"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "2"}]}',
+    "system of the wrong type": b'{"system": 1, "messages": [{"role": "assistant", "content": "2"}]}',
+    "no role": b'{"messages": [{"content": "1"}]}',
+    "messages after text": b'{"prompt": "1", "completion": [{"role": "assistant", "content": "2"}]}',
+    "no rejected": b'{"prompt": "1", "chosen": "2"}',
+    "text and messages": b'{"chosen": "2", "rejected": [{"role": "assistant", "content": "3"}]}',
+    "refused by the template": b'{"messages": [{"role": "user", "content": "refuse"}, {"role": "assistant", "content": "2"}]}',
+    "not utf-8": b'{"prompt": "1+1=", "completion": "\xff"}',
+}
+REFUSING = "{% for m in messages %}{{ raise_exception('no') if m.content == 'refuse' else '' + m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("line", MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_row_is_named_or_skipped(line, tmp_path):
+    tokenizer = with_template(tmp_path, ARITHMETIC, REFUSING)
+    good = b'{"prompt": "1", "completion": "2"}\n'
+    file = write(tmp_path / "rows.jsonl", good + b"\n" + line + b"\n" + good)
+    with pytest.raises(ValueError, match=re.escape(file) + ":3: ."):
+        load(file, tokenizer)
+    dataset = load(file, tokenizer, bad_rows="skip")
+    assert len(dataset) == 2 and dataset.counts["bad"] == 1 and dataset.counts["read"] == 3
+
+
+def test_a_malformed_row_of_an_array(tmp_path):
+    file = write(tmp_path / "rows.json", [{"text": "1"}, {"text": 2}])
+    with pytest.raises(ValueError, match=re.escape(f"{file}[1]: 'text' should be a string, found int: '2'")):
+        load(file, data.Tokenizer(ARITHMETIC))
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.json", b'{"text": "1"}'), ("a.json", b'[{"text": "1"}'), ("a.jsonl.gz", b'{"text": "1"}'),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "1"}\n' * 99)[:-12]), ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 40)],
+    ids=["no array", "truncated", "not gzip", "truncated gzip", "garbled gzip"])
+def test_a_broken_file_is_named(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
+        load(str(tmp_path / name), data.Tokenizer(ARITHMETIC))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    there = write(tmp_path / "pairs.jsonl", [{"text": "1"}])
+    with pytest.raises(ValueError, match=f"pair.jsonl: no such file; did you mean {re.escape(there)}?"):
+        load(str(tmp_path / "pair.jsonl"), data.Tokenizer(ARITHMETIC))
+    for paths in (str(tmp_path / "x*.jsonl"), [there, str(tmp_path / "x*.jsonl")]):
+        with pytest.raises(ValueError, match=r"no file matches .*x\*\.jsonl"):
+            load(paths, data.Tokenizer(ARITHMETIC))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
+
+
+@pytest.mark.parametrize("count, batch_size", [(10, 3), (12, 4), (3, 8), (1, 1)])
+def test_every_epoch_uses_each_row_once(count, batch_size):
+    dataset = as_dataset(random_trees(np.random.default_rng(0), count, 9))
+    rows = lambda step, seed=0: data.step_rows(dataset, step, batch_size, seed).tolist()
+    steps = data.steps_per_epoch(dataset, batch_size)
+    for epoch in range(3):
+        sizes = [len(rows(epoch * steps + at)) for at in range(steps)]
+        assert sizes == [batch_size] * (count // batch_size) + [count % batch_size] * (count % batch_size > 0)
+        assert sorted(i for at in range(steps) for i in rows(epoch * steps + at)) == list(range(count))
+    if count > 3:
+        assert len({tuple(rows(step, seed)) for step in (0, steps, 2 * steps) for seed in (0, 1)}) == 6  # each has its own order
+    late = rows(2 * steps)
+    assert rows(0) == rows(0) and rows(2 * steps) == late  # a function of (seed, step), whatever was asked before
+
+
+def test_in_order_is_everything_once():
+    dataset = as_dataset(random_trees(np.random.default_rng(0), 10, 9))
+    pieces = data.in_order(dataset, 4)
+    assert [len(p) for p in pieces] == [4, 4, 2] and np.concatenate(pieces).tolist() == list(range(10))
+
+
+def test_pack():
+    hypothesis = pytest.importorskip("hypothesis")
+    number = hypothesis.strategies.integers
+
+    @hypothesis.given(hypothesis.strategies.lists(number(1, 50), max_size=60), number(50, 90))
+    def packs(lengths, capacity):
+        bins = data.pack(lengths, capacity)
+        loads = sorted(sum(lengths[i] for i in b) for b in bins)
+        assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
+        assert all(0 < load <= capacity for load in loads)
+        assert len(loads) < 2 or loads[0] + loads[1] > capacity  # no two bins would have fitted into one
+
+    packs()
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_micro_batches_over_ranks_are_those_of_one_rank(static):
+    dataset = as_dataset(random_trees(np.random.default_rng(0), 24, 97))
+    rows, shape = data.step_rows(dataset, 0, 20, 0), layout(256, static)
+
+    def streams(world):
+        shares, counts = zip(*(data.micro_batches(dataset, rows, shape, rank, world) for rank in range(world)))
+        assert all(c == counts[0] for c in counts) and all(shares)  # no rank stays away
+        batches = [batch for share in shares for batch in share]
+        assert all(len(batch["tokens"]) <= 256 for batch in batches)
+        assert sum(batch["scored"] for batch in batches) == counts[0]["tokens"] == sum(int(b["lengths"].sum()) for b in batches)
+        assert sum(batch["num_responses"] for batch in batches) == counts[0]["responses"]
+        assert sum(len(batch["chosen"]) for batch in batches) == counts[0]["pairs"]
+        real = [batch for batch in batches if batch["num_responses"]]
+        assert all(batch["scored"] == 0 for batch in batches if not batch["num_responses"])
+        return sorted([b["tokens"].tolist(), b["rows"].tolist(), b["scored_index"].tolist()] for b in real), counts[0]
+
+    alone = streams(1)
+    assert len(alone[0]) > 3 and sorted({i for _, rows_of, _ in alone[0] for i in rows_of}) == sorted(rows.tolist())
+    for world in (2, 3, len(alone[0]) + 2):
+        assert streams(world) == alone
+
+
+def tree(prompt, responses, scored, pairs=()):
+    array = lambda values, dtype: [np.array(v, dtype) for v in values]
+    return data.Example(np.array(prompt, np.int32), array(responses, np.int32), array(scored, bool),
+                        [True, False][:len(responses)], list(pairs), "hand:1")
+
+
+PAIR, SINGLE = tree([5, 6], [[7, 8, 9], [10]], [[1, 0, 1], [1]], [(0, 1)]), tree([11], [[12, 13]], [[0, 1]])
+BY_HAND = {  # SINGLE, then PAIR: 11 12 13 | 5 6 7 8 9 10
+    "tokens": [11, 12, 13, 5, 6, 7, 8, 9, 10], "positions": [0, 1, 2, 0, 1, 2, 3, 4, 2],
+    "predict_from": [1, 4, 6, 4], "target": [13, 7, 9, 10], "response": [0, 1, 1, 2], "place": [0, 0, 1, 0],
+    "scored_index": [3, 0, 1, 2], "lengths": [1, 2, 1], "demonstrated": [True, True, False], "rows": [1, 0, 0],
+    "chosen": [1], "rejected": [2]}
+
+
+def test_build_by_hand():
+    batch = data.build([(1, SINGLE), (0, PAIR)], as_dataset([PAIR, SINGLE]), layout(32))
+    assert {name: batch[name].tolist() for name in BY_HAND} == BY_HAND
+    assert (batch["num_responses"], batch["longest"], batch["scored"]) == (3, 2, 4)
+    assert all(batch[name].dtype == torch.int64 for name in BY_HAND if name != "demonstrated")
+    assert data.count([PAIR, SINGLE]) == dict(stream_tokens=9, tokens=4, responses=3, demonstrated_tokens=3, demonstrations=2,
+                                              pairs=1, examples=2)
+
+
+@pytest.mark.parametrize("members, tokens, length, chunk, scored", [
+    ([(1, SINGLE), (0, PAIR)], 32, 16, 3, 6), ([(1, SINGLE), (0, PAIR)], 9, 9, 4, 4), ([(1, SINGLE)], 32, 8, 4, 4),
+    ([], 32, 8, 4, 4)])
+def test_build_pads_to_few_shapes(members, tokens, length, chunk, scored):
+    """Of a quarter, a half and the whole of T the smallest that fits, and whole chunks, one at least: also with nothing to
+    score. The padding predicts from place 0 and lands in a row past the last response."""
+    dataset = as_dataset([PAIR, SINGLE])
+    bare, batch = (data.build(members, dataset, layout(tokens, static, chunk)) for static in (False, True))
+    assert len(batch["tokens"]) == len(batch["positions"]) == length and batch["scored"] == bare["scored"]
+    for name in ("predict_from", "target", "response", "place", "scored_index"):
+        n = bare["scored"]
+        assert len(batch[name]) == scored and batch[name][:n].tolist() == bare[name].tolist()
+        assert (batch[name][n:] == (batch["num_responses"] if name == "response" else 0)).all()
+    for name in ("lengths", "demonstrated", "rows", "chosen", "rejected"):
+        assert batch[name].tolist() == bare[name].tolist()
+    assert len(bare["tokens"]) == max(1, sum(e.length for _, e in members))
+
+
+def test_stream_length():
+    dataset = as_dataset([PAIR, SINGLE])
+    assert data.stream_length([dataset], 1, 0) == 128 and data.stream_length([dataset], 1, 6) == 6
+    assert data.stream_length([dataset], 100, 0) == 512  # an average step is 450 tokens
+    assert data.stream_length([dataset], 10**6, 0) == 4096
+    long = tree([1] * 5000, [[1]], [[1]])._replace(where="eval.jsonl:7")
+    assert data.stream_length([dataset, as_dataset([long])], 1, 0) == 5120  # whichever set it is in
+    with pytest.raises(ValueError, match=r"eval.jsonl:7: .* 5001 tokens .* micro_batch_tokens is 4096; set it to 5120"):
+        data.stream_length([dataset, as_dataset([long])], 1, 4096)
