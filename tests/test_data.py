@@ -530,7 +530,7 @@ MALFORMED = {
     "no messages": b'{"messages": []}',
     "messages of text": b'{"messages": ["hi"]}',
     "no assistant": b'{"messages": [{"role": "user", "content": "1"}]}',
-    "no assistant in the completion": b'{"prompt": {"role": "user", "content": "1"}, "completion": {"role": "tool", "content": ""}}',
+    "no assistant in the completion": b'{"prompt": {"from": "human", "value": "1"}, "completion": {"from": "human", "value": "2"}}',
     "unknown role": b'{"messages": [{"role": "robot", "content": "1"}]}',
     "role of the wrong type": b'{"messages": [{"role": ["user"], "content": "1"}]}',
     "content of the wrong type": b'{"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "2"}]}',
@@ -542,7 +542,7 @@ MALFORMED = {
     "refused by the template": b'{"messages": [{"role": "user", "content": "refuse"}, {"role": "assistant", "content": "2"}]}',
     "not utf-8": b'{"prompt": "1+1=", "completion": "\xff"}',
 }
-REFUSING = "{% for m in messages %}{{ raise_exception('no') if m.content == 'refuse' else '' + m.content }}{% endfor %}"
+REFUSING = "{% for m in messages %}{{ raise_exception('no') if m.content == 'refuse' else m.content }}{% endfor %}"
 
 
 @pytest.mark.parametrize("line", MALFORMED.values(), ids=MALFORMED)
