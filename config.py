@@ -39,7 +39,7 @@ class Config:
     check: Callable = None  # (prompt, completion, row) -> is it right; eval reports the mean as exact_match
     max_new_tokens: int = 256  # longest answer that eval generates
     max_length: int = 1024  # tokens of a prompt with its longest response
-    max_prompt_length: int = 0  # tokens of a prompt; 0: half of max_length, and only for rows that do not fit
+    max_prompt_length: int = 0  # tokens of a prompt; 0: what its longest response leaves, at least half of max_length
     truncation: str = "cut"  # of rows that do not fit: cut (prompt's left, response's right), drop, error
     tokenize: str = "joint"  # joint: prompt + response together, as text is generated; apart: each by itself
     train_on: str = ""  # assistant turns that are trained: all, last; default: all for sft, last for pairs
@@ -214,7 +214,7 @@ def data_kind(cfg: types.SimpleNamespace) -> str:
 
 
 def as_json(cfg: types.SimpleNamespace) -> dict:
-    named = lambda v: f"{v.__module__}.{v.__qualname__}" if callable(v) else v
+    named = lambda v: f"{v.__module__}.{getattr(v, '__qualname__', v)}" if callable(v) else v
     return {key: named(value) for key, value in vars(cfg).items()}
 
 

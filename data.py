@@ -32,7 +32,7 @@ from model import read_json
 def read_rows(paths: str | list[str]) -> Iterator[tuple[str, object]]:
     """(where, row) of every row of JSONL files, JSON arrays, .gz of either; where is file:line, or file[index]."""
     for name in [paths] if isinstance(paths, str) else paths:
-        files = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+        files = sorted(glob.glob(name)) if glob.has_magic(name) and not Path(name).is_file() else [name]
         if not files:
             raise ValueError(f"no file matches {name!r}")
         for file in files:
@@ -83,7 +83,7 @@ def messages_field(row: dict, key: str) -> list[dict]:
     messages = []
     for m in value:
         role, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
-        if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type", "text") == "text" for part in content):
             content = "".join(part.get("text") or part.get("value") or "" for part in content)
         if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
             raise ValueError(f"{key!r} should hold messages with role (one of {', '.join(ROLES)}) and content, "
@@ -294,7 +294,7 @@ class Example(NamedTuple):
         return len(self.prompt) + sum(map(len, self.responses))
 
 
-def render(draft: Draft, tokenizer: Tokenizer) -> tuple[str, list]:
+def render(draft: Draft, tokenizer: Tokenizer, train_on: str) -> tuple[str, list]:
     """A draft -> prompt text and, of each response, (text, character spans that are trained or None for all of it)."""
     if isinstance(draft.prompt, str):
         return draft.prompt, [(text, None) for text in draft.responses]
@@ -303,9 +303,8 @@ def render(draft: Draft, tokenizer: Tokenizer) -> tuple[str, list]:
     for turns in draft.responses:
         messages, spans, begin = draft.prompt + turns, [], len(prompt)
         text = tokenizer.render(messages, add_generation_prompt=False)
-        for i in range(len(draft.prompt), len(messages)):
-            if messages[i]["role"] != "assistant":
-                continue
+        trained = [i for i in range(len(draft.prompt), len(messages)) if messages[i]["role"] == "assistant"]
+        for i in trained if train_on == "all" else trained[-1:]:
             before = tokenizer.render(messages[:i], add_generation_prompt=True)
             after = tokenizer.render(messages[:i + 1], add_generation_prompt=False)
             if not (text.startswith(after) and after.startswith(before) and before.startswith(prompt)):
@@ -356,10 +355,9 @@ def tokenize(drafts: list[tuple], tokenizer: Tokenizer, mode: str, counts: Count
 def truncate(example: Example, bos: int | None, max_length: int, max_prompt_length: int, how: str,
              counts: Counter) -> Example | None:
     """Fit prompt + each response into max_length tokens: the prompt loses its left (BOS stays) down to max_prompt_length
-    (0: half of max_length, and only where the row does not fit), the responses lose their right. None: dropped."""
+    (0: to what the longest response leaves, or half of max_length), the responses lose their right. None: dropped."""
     length, longest = len(example.prompt), max(map(len, example.responses), default=0)
-    room = max_prompt_length or (max_length // 2 if length + longest > max_length else max_length)
-    room = min(room, max_length)
+    room = min(max_length, max_prompt_length or max(max_length // 2, max_length - longest))
     if length > room or length + longest > max_length:
         if how == "error":
             raise ValueError(f"{example.where}: {length} prompt + {longest} response tokens do not fit max_length "
@@ -411,7 +409,7 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
             if not isinstance(row, dict):
                 raise ValueError(f"expected an object, found {type(row).__name__}")
             draft = FORMATS[kind](row, train_on, chat)
-            drafts.append((where, draft, *render(draft, tokenizer)))
+            drafts.append((where, draft, *render(draft, tokenizer, train_on)))
         except (ValueError, RecursionError) as error:
             if cfg.bad_rows == "skip":
                 counts["bad"] += 1
