@@ -202,7 +202,8 @@ def terms(cfg: types.SimpleNamespace, compiled: bool) -> list[Term]:
     for name, weight in cfg.weights.items():
         objective = OBJECTIVES[name]
         loss = torch.compile(objective.loss, fullgraph=True, dynamic=True) if compiled else objective.loss
-        made.append(Term(weight, objective, loss, cfg.bound[name]))
+        per = objective.per(**{key: cfg.bound[name][key] for key in inspect.signature(objective.per).parameters})
+        made.append(Term(weight, objective, loss, cfg.bound[name], per))
     return made
 
 
@@ -219,10 +220,13 @@ def as_json(cfg: types.SimpleNamespace) -> dict:
 
 
 def digest(cfg: types.SimpleNamespace) -> str:
-    """Hash of what decides a run's result: not of where it is written or how it is logged and saved."""
-    apart = {"out_dir", "resume", "log_every", "save_every", "keep_checkpoints", "cache_dir",
-             "objective", "nll_coef", *(key for given in cfg.bound.values() for key in given)}  # all in weights and bound
+    """Hash of what decides a run's result, the stages before it included: not of where it is written, nor of how it is
+    evaluated, logged and saved."""
+    apart = {"out_dir", "resume", "log_every", "save_every", "keep_checkpoints", "cache_dir", "activation_checkpointing",
+             "eval_data", "eval_prompts", "eval_every", "check", "max_new_tokens", "objective", "nll_coef", *(key for given in cfg.bound.values() for key in given)}  # all in weights and bound
     kept = {key: value for key, value in as_json(cfg).items() if key not in apart}
+    if cfg.init_from.endswith(".py"):
+        kept["init_from"] = digest(load_stage(cfg.init_from, cfg))
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

@@ -546,7 +546,7 @@ def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) 
     flat.update(tokens=np.concatenate(tokens).astype(np.int64), positions=np.concatenate(positions),
                 lengths=np.array(lengths, np.int64), demonstrated=np.array(demonstrated, bool), rows=np.array(rows, np.int64),
                 chosen=np.array([a for a, _ in pairs], np.int64), rejected=np.array([b for _, b in pairs], np.int64))
-    sizes = {"num_responses": len(lengths), "longest": max(lengths, default=0), "scored": scored}
+    sizes = {"num_responses": len(lengths), "longest": max(lengths, default=1), "scored": scored}
     flat.update((varlen_segments if layout.varlen else grouped_segments)(spans))
     return {**sizes, **to_device(flat, layout.device)}
 

@@ -37,10 +37,7 @@ class Term(NamedTuple):
     objective: Objective
     loss: Callable  # the objective's loss, compiled or not
     hyperparameters: dict
-
-    @property
-    def per(self) -> str:
-        return self.objective.per(**{k: self.hyperparameters[k] for k in inspect.signature(self.objective.per).parameters})
+    per: str  # key of the step's counts that its sum is divided by
 
 
 OBJECTIVES: dict[str, Objective] = {}

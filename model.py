@@ -144,29 +144,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention over a packed, prefix-shared stream. A segment is a prompt, which sees itself, or a response, which sees its
 # prompt and itself: its keys are gathered, so that a key's place among them is its position, and the causal mask (and a
-# sliding window) is aligned at the bottom right. data.segments builds the index tensors.
+# sliding window) is aligned at the bottom right. data.varlen_segments and data.grouped_segments build the index tensors.
 
 _VARLEN = inspect.signature(varlen_attn).parameters  # torch 2.11 to 2.13 name the causal switch differently
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, batch: dict, window: int) -> Tensor:
     """q (T, H, E), k and v (T, K, E) -> (T, H, E)."""
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(q, k, v, batch, window)
-    return _grouped(q, k, v, batch, window)
+    return (_varlen if "cu_q" in batch else _grouped)(q, k, v, batch, window)  # as the batch was laid out
 
 
 def _varlen(q, k, v, batch, window):
     """One variable-length flash kernel for the whole stream."""
     k, v = k[batch["key_index"]], v[batch["key_index"]]
-    causal = {"window_size": (window - 1 if window else -1, 0)} if "window_size" in _VARLEN else {"is_causal": True}
+    options = {"window_size": (window - 1 if window else -1, 0)} if "window_size" in _VARLEN else {"is_causal": True}
     if window and "window_size" not in _VARLEN:
         raise ValueError("sliding windows on CUDA need a torch whose varlen_attn has window_size")
     if "enable_gqa" in _VARLEN:
-        causal["enable_gqa"] = True
+        options["enable_gqa"] = True
     elif q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    return varlen_attn(q.contiguous(), k, v, batch["cu_q"], batch["cu_k"], batch["max_q"], batch["max_k"], **causal)
+    return varlen_attn(q.contiguous(), k, v, batch["cu_q"], batch["cu_k"], batch["max_q"], batch["max_k"], **options)
 
 
 def _grouped(q, k, v, batch, window):
@@ -219,7 +217,7 @@ class Attention(nn.Module):
     def project(self, x, rope):
         """x (T, D) -> q (T, H, E), k and v (T, K, E)."""
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # CUDA autocast norms in fp32
         return (rotate(q, *rope), rotate(k, *rope), v) if rope else (q, k, v)
 
 
@@ -294,8 +292,10 @@ class Trunk(nn.Module):
 
 def _log_probs(decoder, hidden, batch):
     """log p of each scored token under the softmax at the place that predicts it, (N,)."""
-    return linear_log_probs(hidden.index_select(0, batch["predict_from"]), decoder.lm_head.weight, batch["target"],
-                            compiled=decoder.compiled)[0]
+    hidden = hidden.index_select(0, batch["predict_from"])
+    if hidden.is_cuda and torch.is_autocast_enabled("cuda"):  # the residual stream is fp32; the product need not be
+        hidden = hidden.to(torch.get_autocast_dtype("cuda"))
+    return linear_log_probs(hidden, decoder.lm_head.weight, batch["target"], compiled=decoder.compiled)[0]
 
 
 HEADS = {"log_probs": _log_probs}  # stream that a loss reads -> how the model makes it
@@ -394,9 +394,10 @@ def read_json(path: Path) -> dict:
 
 
 def find_folder(name: str) -> Path:
-    """A local folder as it is, or a hub name (owner/name) downloaded when online. Remote code is never run."""
-    if Path(name, "config.json").is_file():
-        return Path(name)
+    """A local model folder, the one in a run's out_dir, or a hub name (owner/name) when online. Remote code is never run."""
+    for folder in (Path(name), Path(name, "model")):
+        if (folder / "config.json").is_file():
+            return folder
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"{name}: no config.json there; expected a model folder in Hugging Face layout, "
                          f"a hub name (owner/name), a config file (.py) or 'scratch'")
@@ -465,7 +466,7 @@ def scratch(config: dict, seed: int) -> Decoder:
     return decoder
 
 
-def save(decoder: Decoder, folder: Path, dtype: torch.dtype, tokenizer_from: Path):
+def save(decoder: Decoder, folder: Path, dtype: torch.dtype, tokenizer_from: Path, chat_template: str = ""):
     """Write a folder that transformers and vLLM load as it is: tied weights once, the tokenizer's files beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: p.detach().to("cpu", dtype) for name, p in decoder.named_parameters()}  # shared parameters once
@@ -481,3 +482,5 @@ def save(decoder: Decoder, folder: Path, dtype: torch.dtype, tokenizer_from: Pat
                  "chat_template.jinja"):
         if (tokenizer_from / name).is_file():
             shutil.copyfile(tokenizer_from / name, folder / name)
+    if chat_template:  # the run's own, instead of the tokenizer's
+        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")

@@ -3,6 +3,7 @@
 A source takes the micro-batches of a step and adds a column to each. The reference is loaded from its own folder, never
 taken from the live model, and runs through the training path: at step 0 policy and reference agree to the last bits.
 """
+import gc
 import hashlib
 import os
 from collections.abc import Callable
@@ -88,4 +89,6 @@ def precompute(load: Callable, weights: str, dataset: Dataset, layout: Layout, p
         part = path.with_suffix(f".{os.getpid()}.part")
         save_file({"log_probs": table.cpu()}, part)
         os.replace(part, path)
+    del decoder
+    gc.collect()  # compiled blocks are in reference cycles
     return table

@@ -11,15 +11,18 @@ def generate(decoder, prompts: list, *, max_new_tokens: int, stop: set[int], bat
     """Greedy continuations of prompts (lists of ids), without the stop token. The cache holds C = longest prompt +
     max_new_tokens slots; a key's slot is its position, so rows of different lengths need no padding on the left."""
     answers = []
-    for start in range(0, len(prompts), batch):
-        answers += _generate(decoder, prompts[start:start + batch], max_new_tokens, stop)
+    with torch.compiler.set_stance("force_eager"):  # its shapes are its own: they would use up the blocks' compilations
+        for start in range(0, len(prompts), batch):
+            answers += _generate(decoder, prompts[start:start + batch], max_new_tokens, stop)
     return answers
 
 
 def _generate(decoder, prompts, max_new_tokens, stop):
     shape, device = decoder.shape, decoder.lm_head.weight.device
     rows, longest = len(prompts), max(map(len, prompts))
-    slots = min(longest + max_new_tokens, shape.max_positions)
+    slots = longest + max_new_tokens
+    if shape.gpt2:  # learned positions end
+        slots = min(slots, shape.max_positions)
     keys = torch.zeros(shape.num_layers, 2, rows, shape.num_kv_heads, slots, shape.head_dim, device=device,
                        dtype=decoder.lm_head.weight.dtype)
     each = torch.arange(rows, device=device)[:, None]

@@ -75,13 +75,12 @@ def train(cfg):
     """One run, from a resolved config to out_dir/model."""
     machine, digest, out = find_machine(cfg), config.digest(cfg), Path(cfg.out_dir)
     say = print if machine.rank == 0 else lambda *_: None
+    if machine.compiled:
+        torch.compiler.reset()  # a stage before this one had shapes of its own
     start_from = run_stage(cfg, machine, say) if cfg.init_from.endswith(".py") else cfg.init_from
     if out.exists() and any(out.iterdir()) and not cfg.resume:
         raise ValueError(f"out_dir {cfg.out_dir} is not empty; go on with --resume, name another --out_dir, or remove it")
     machine.barrier()
-    out.mkdir(parents=True, exist_ok=True)
-    if machine.rank == 0:
-        write_json(out / "run.json", {"digest": digest, "config": config.as_json(cfg)})
 
     # Model and rows
     tokenizer_folder = Path(cfg.tokenizer) if cfg.tokenizer else model.find_folder(start_from)
@@ -95,6 +94,8 @@ def train(cfg):
         check_lengths(decoder, dataset)
     if "train" not in datasets:
         raise ValueError("train_data is empty; name the files to train on")
+    if cfg.eval_prompts and not cfg.check:
+        raise ValueError("eval_prompts need check, a function (prompt, completion, row) -> bool in the config file")
     prompts = data.load(cfg.eval_prompts, "prompts", tokenizer, cfg, False) if cfg.eval_prompts else None
     layout = data.Layout(
         data.stream_length(list(datasets.values()), cfg.batch_size, cfg.micro_batch_tokens),
@@ -103,8 +104,8 @@ def train(cfg):
 
     # What the losses read: outputs of the model, and columns that a source adds to each step
     outputs = [name for name in losses.streams(terms) if name in model.HEADS]
-    sources = {split: [SOURCES[name](cfg, machine, dataset, layout, start_from, tokenizer)
-                       for name in losses.streams(terms) if name in SOURCES] for split, dataset in datasets.items()}
+    sources = [SOURCES[name](cfg, machine, datasets, layout, start_from, tokenizer)
+               for name in losses.streams(terms) if name in SOURCES]  # each: split -> what adds the column
 
     # Optimizer and resume
     decoder.model.checkpointing = cfg.activation_checkpointing
@@ -131,8 +132,8 @@ def train(cfg):
                 counts = data.count(dataset.examples)
                 for rows in data.in_order(dataset):
                     batches, _ = data.micro_batches(dataset, rows, layout, machine.rank, machine.world)
-                    for add in sources["eval"]:
-                        add(batches)
+                    for source in sources:
+                        source["eval"](batches)
                     for batch in batches:
                         meter.add(*losses.total(terms, decoder(batch, outputs), batch, counts))
                 metrics |= meter.read(machine)
@@ -142,21 +143,27 @@ def train(cfg):
 
     def write_line(line: dict) -> dict:
         if machine.rank == 0:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
             with open(out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(finite) + "\n")
         return line
 
     # The loop
+    if machine.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "run.json", {"digest": digest, "finished": False, "config": config.as_json(cfg)})
     first = {} if done else evaluate(0)
     last, show = first, next((t.objective.show for t in terms if t.objective.show), None)
     bar = tqdm(total=steps, initial=done, desc=out.name, disable=machine.rank > 0, dynamic_ncols=True,
                mininterval=0.2 if sys.stderr.isatty() else 30)
-    for step in range(done, steps):
-        begin = time.perf_counter()
-        rows = data.step_rows(datasets["train"], step, cfg.batch_size, cfg.seed)
+    if machine.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    begin, since, tokens = time.perf_counter(), 0, 0  # of the steps since the last line
+    for step in range(done + 1, steps + 1):  # its number is that of the steps done when it ends
+        rows = data.step_rows(datasets["train"], step - 1, cfg.batch_size, cfg.seed)
         batches, counts = data.micro_batches(datasets["train"], rows, layout, machine.rank, machine.world)
-        for add in sources["train"]:
-            add(batches)
+        for source in sources:
+            source["train"](batches)
         meter = Meter()
         for i, batch in enumerate(batches):
             waits = machine.world > 1 and i < len(batches) - 1  # gradients are reduced with the last one
@@ -165,8 +172,8 @@ def train(cfg):
                     streams = wrapped(batch, outputs)
                 loss, metrics = losses.total(terms, streams, batch, counts)
                 scaler.scale(loss * machine.world).backward()  # DDP averages over ranks, the counts are of all of them
-            meter.add(loss.detach(), metrics)
-        lr = learning_rate(cfg, step, steps)
+            meter.add(loss, metrics)
+        lr = learning_rate(cfg, step - 1, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         scaler.unscale_(optimizer)
@@ -175,27 +182,32 @@ def train(cfg):
         scaler.update()
         optimizer.zero_grad()
         bar.update()
+        since, tokens = since + 1, tokens + counts["stream_tokens"]
 
-        step += 1  # from here on: steps done
         if step % cfg.log_every == 0 or step == steps:
             metrics = meter.read(machine)  # waits for the device
-            seconds = time.perf_counter() - begin
+            seconds = (time.perf_counter() - begin) / since
             line = write_line({
                 "step": step, "split": "train", **metrics, "grad_norm": grad_norm.item(), "lr": lr,
-                "tokens": counts["stream_tokens"], "tokens_per_second": counts["stream_tokens"] / seconds,
+                "tokens": counts["stream_tokens"], "tokens_per_second": tokens / since / seconds,
                 "seconds": seconds, "peak_memory_gb": peak_memory_gb(machine)})
             bar.set_postfix({"loss": f"{line['loss']:.4f}", **({show.split("/")[-1]: f"{line[show]:.3f}"} if show in line else {}),
                              "tok/s": f"{line['tokens_per_second']:,.0f}"})
+            begin, since, tokens = time.perf_counter(), 0, 0
+        pause = time.perf_counter()
         if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
             last = evaluate(step)
         if cfg.save_every and step % cfg.save_every == 0:
             save_checkpoint(out, step, decoder, optimizer, scaler, cfg, machine)
+        begin += time.perf_counter() - pause
     bar.close()
 
     # The result
     if machine.rank == 0:
         dtype = getattr(torch, cfg.save_dtype) if cfg.save_dtype else saved_dtype
-        publish(out / "model", lambda folder: model.save(decoder, folder, dtype, tokenizer_folder))
+        template = tokenizer.chat_template if cfg.chat_template else ""
+        publish(out / "model", lambda folder: model.save(decoder, folder, dtype, tokenizer_folder, template))
+        write_json(out / "run.json", {"digest": digest, "finished": True, "config": config.as_json(cfg)})
         changes = [f"{name} {first[name]:.4g} -> {last[name]:.4g}" for name in ("loss", show, "exact_match")
                    if name in first and name in last]
         say(f"{out}: {'; '.join(['before -> after', *changes]) if changes else 'done'}; model in {out / 'model'}")
@@ -208,19 +220,20 @@ def run_stage(cfg, machine: Machine, say: Callable) -> str:
     stage = config.load_stage(cfg.init_from, cfg)
     out, digest = Path(stage.out_dir), config.digest(stage)
     machine.barrier()
-    found = model.read_json(out / "run.json")["digest"] if (out / "run.json").is_file() else None
+    found = model.read_json(out / "run.json") if (out / "run.json").is_file() else {"digest": None, "finished": False}
     machine.barrier()  # every rank has looked before any of them writes
-    if found == digest and (out / "model").is_dir():
+    if found["digest"] == digest and found["finished"] and (out / "model").is_dir():
         say(f"{cfg.init_from}: {out / 'model'} is there")
         return str(out / "model")
-    if out.exists() and any(out.iterdir()) and found != digest and machine.rank == 0:
+    if out.exists() and any(out.iterdir()) and found["digest"] != digest and machine.rank == 0:
         aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.old{i}")).exists())
         out.rename(aside)
         say(f"{cfg.init_from}: {out} came from another config or seed; kept as {aside}")
     machine.barrier()
     say(f"{cfg.init_from}: running this stage first")
-    stage.resume = found == digest
+    stage.resume = found["digest"] == digest
     train(stage)
+    gc.collect()  # compiled blocks are in reference cycles
     return str(out / "model")
 
 
@@ -250,16 +263,17 @@ def check_lengths(decoder, dataset):
                          f"set max_length to at most that")
 
 
-def reference_source(cfg, machine: Machine, dataset, layout, start_from: str, tokenizer) -> Callable:
+def reference_source(cfg, machine: Machine, datasets: dict, layout, start_from: str, tokenizer) -> dict[str, Callable]:
     name = cfg.reference or start_from  # its own path, never the live model: a resumed run has the same reference
 
     def frozen():
         return load_model(cfg, machine, name, tokenizer)[0].requires_grad_(False)
     if cfg.reference_live:
-        return reference.live(frozen(), machine.autocast)
+        return dict.fromkeys(datasets, reference.live(frozen(), machine.autocast))
     precision = f"{machine.device} {machine.dtype} {torch.__version__} compiled={machine.compiled} {layout.tokens}"
     weights = reference.fingerprint(name, config.as_json(cfg))
-    return reference.from_table(reference.precompute(frozen, weights, dataset, layout, precision, machine, cfg.cache_dir))
+    return {split: reference.from_table(reference.precompute(frozen, weights, dataset, layout, precision, machine, cfg.cache_dir))
+            for split, dataset in datasets.items()}
 
 
 SOURCES = {"reference_log_probs": reference_source}  # column that a loss reads -> what adds it to the batches of a step
@@ -315,7 +329,9 @@ def peak_memory_gb(machine: Machine) -> float:
 
 
 def write_json(path: Path, value: dict):
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(part, path)
 
 
 def publish(folder: Path, write: Callable):

@@ -1,6 +1,8 @@
 """Arithmetic IPO from the SFT model, without any other term.
 
     python train.py --config configs/ipo.py
+
+About 10 seconds after the SFT stage. Exact match: 0.11 -> 0.69 to 0.91.
 """
 from configs.dpo import *
 

@@ -1,6 +1,8 @@
 """Arithmetic from nothing: a 0.6M-parameter Llama imitates a demonstrator who drops most carries.
 
     python train.py --config configs/sft.py
+
+About a minute on two CPU cores. Exact match of held-out sums: 0 -> about 0.11, all of them sums without a carry.
 """
 from tasks.arithmetic.task import is_right
 
@@ -23,4 +25,4 @@ lr = 2e-3
 warmup_steps = 20
 betas = (0.9, 0.95)
 weight_decay = 0.01
-eval_every = 200
+eval_every = 250

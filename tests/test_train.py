@@ -50,6 +50,19 @@ def assert_close(a, b, tolerance):
     assert max((a[name] - b[name]).abs().max().item() for name in a) < tolerance
 
 
+def test_compiled_with_idle_rank_eval_and_stage_shapes(tmp_path):
+    """Compiled blocks: a rank without rows, prompts answered in several batch shapes, other stream sizes: no recompilation
+    limit is hit, and the result is that of the eager run."""
+    file = tmp_path / "checked.py"
+    file.write_text("from tasks.arithmetic.task import is_right as check\n")
+    more = dict(config=file, batch_size=1, max_steps=2, eval_prompts="tasks/arithmetic/problems_eval.jsonl", max_new_tokens=3,
+                eval_data=ROWS["preference"])
+    run(options(tmp_path, "dpo", "eager", **more), ranks=2)
+    run(options(tmp_path, "dpo", "compiled", **{**more, "compile": True}), ranks=2)
+    assert_close(weights(tmp_path / "eager" / "model"), weights(tmp_path / "compiled" / "model"), 1e-9)
+    assert lines(tmp_path / "compiled", "eval")[-1]["exact_match"] == lines(tmp_path / "eager", "eval")[-1]["exact_match"]
+
+
 @pytest.mark.parametrize("name, batch_size", [*((name, 26) for name in losses.OBJECTIVES), ("dpo", 1)])
 def test_micro_batches_and_ranks_do_not_matter(name, batch_size, tmp_path, monkeypatch):
     """float64, 4 AdamW steps: one stream, many small streams, and two ranks of which each has its own number of them
@@ -153,6 +166,18 @@ def test_bad_input_is_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: command line: unknown key 'bta'. Did you mean 'beta'?")
     assert "Traceback" not in done.stderr
+
+
+def test_a_failed_start_leaves_nothing_and_a_run_is_a_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="no such file"):
+        train.train(config.load([*options(tmp_path, "dpo"), "--train_data=nowhere.jsonl"]))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="eval_prompts need check"):
+        train.train(config.load([*options(tmp_path, "dpo"), "--eval_prompts=tasks/arithmetic/problems_eval.jsonl"]))
+    train.train(config.load(options(tmp_path, "dpo", chat_template="chatml", max_steps=1)))
+    assert "im_start" in (tmp_path / "run" / "model" / "chat_template.jinja").read_text()
+    train.train(config.load(options(tmp_path, "dpo", "on", init_from=tmp_path / "run", max_steps=1)))  # a config's own out_dir
 
 
 def test_a_missing_stage_is_run_first(tmp_path, monkeypatch):
