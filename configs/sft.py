@@ -2,7 +2,7 @@
 
     python train.py --config configs/sft.py
 
-About a minute on two CPU cores. Exact match of held-out sums: 0 -> about 0.11, all of them sums without a carry.
+About a minute on two CPU cores. Exact match of held-out sums: 0 -> 0.10 to 0.13.
 """
 from tasks.arithmetic.task import is_right
 
