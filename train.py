@@ -75,11 +75,11 @@ def train(cfg):
     """One run, from a resolved config to out_dir/model."""
     machine, digest, out = find_machine(cfg), config.digest(cfg), Path(cfg.out_dir)
     say = print if machine.rank == 0 else lambda *_: None
-    if machine.compiled:
-        torch.compiler.reset()  # a stage before this one had shapes of its own
-    start_from = run_stage(cfg, machine, say) if cfg.init_from.endswith(".py") else cfg.init_from
     if out.exists() and any(out.iterdir()) and not cfg.resume:
         raise ValueError(f"out_dir {cfg.out_dir} is not empty; go on with --resume, name another --out_dir, or remove it")
+    start_from = run_stage(cfg, machine, say) if cfg.init_from.endswith(".py") else cfg.init_from
+    if machine.compiled:
+        torch.compiler.reset()  # a stage before this one had shapes of its own
     machine.barrier()
 
     # Model and rows
