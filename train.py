@@ -154,8 +154,8 @@ def train(cfg):
         write_json(out / "run.json", {"digest": digest, "finished": False, "config": config.as_json(cfg)})
     first = {} if done else evaluate(0)
     last, show = first, next((t.objective.show for t in terms if t.objective.show), None)
-    bar = tqdm(total=steps, initial=done, desc=out.name, disable=machine.rank > 0, dynamic_ncols=True,
-               mininterval=0.2 if sys.stderr.isatty() else 30)
+    bar = tqdm(total=steps, initial=done, desc=out.name, disable=machine.rank > 0, mininterval=0.2 if sys.stderr.isatty() else 30,
+               bar_format="{desc} |{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")  # fits 80 columns
     if machine.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     begin, since, tokens = time.perf_counter(), 0, 0  # of the steps since the last line
