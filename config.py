@@ -223,7 +223,8 @@ def digest(cfg: types.SimpleNamespace) -> str:
     """Hash of what decides a run's result, the stages before it included: not of where it is written, nor of how it is
     evaluated, logged and saved."""
     apart = {"out_dir", "resume", "log_every", "save_every", "keep_checkpoints", "cache_dir", "activation_checkpointing",
-             "eval_data", "eval_prompts", "eval_every", "check", "max_new_tokens", "objective", "nll_coef", *(key for given in cfg.bound.values() for key in given)}  # all in weights and bound
+             "eval_data", "eval_prompts", "eval_every", "check", "max_new_tokens"}
+    apart |= {"objective", "nll_coef", *(key for given in cfg.bound.values() for key in given)}  # in weights and bound
     kept = {key: value for key, value in as_json(cfg).items() if key not in apart}
     if cfg.init_from.endswith(".py"):
         kept["init_from"] = digest(load_stage(cfg.init_from, cfg))
@@ -232,7 +233,8 @@ def digest(cfg: types.SimpleNamespace) -> str:
 
 def help_text() -> str:
     """Every key with its default and comment, from the source above; then every loss with its hyperparameters."""
-    lines = ["usage: python train.py --config configs/dpo.py [--key=value ...]", "       torchrun --nproc_per_node=8 train.py --config ..."]
+    lines = ["usage: python train.py --config configs/dpo.py [--key=value ...]",
+             "       torchrun --nproc_per_node=8 train.py --config ..."]
     for line in inspect.getsource(Config).splitlines():
         if heading := re.match(r"    # (.*)", line):
             lines += ["", heading[1]]

@@ -581,7 +581,8 @@ def grouped_segments(spans: list) -> dict:
         begin, n, prompt, shared = np.array(members).T[..., None]  # (B, 1) each
         length_q, length_k = int(n.max()), int((n + shared).max())
         place = np.arange(length_k)
-        index_k.append(np.where(place < shared, prompt + place, np.where(place < shared + n, begin + place - shared, prompt)).ravel())
+        own = np.where(place < shared + n, begin + place - shared, prompt)
+        index_k.append(np.where(place < shared, prompt + place, own).ravel())
         place = np.arange(length_q)
         real = place < n
         index_q.append(np.where(real, begin + place, begin).ravel())

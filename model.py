@@ -177,8 +177,8 @@ def _grouped(q, k, v, batch, window):
         at_q, at_k = at_q + rows * length_q, at_k + rows * length_k
         mask = batch["masks"].get((at_q, window))  # the same for every layer
         if mask is None:
-            place = torch.arange(length_q, device=q.device)[:, None] + offset.to(q.device)[:, None, None]  # (B, Lq, 1) as a key's place
-            distance = place - torch.arange(length_k, device=q.device)  # (B, Lq, Lk)
+            place = torch.arange(length_q, device=q.device)[:, None] + offset.to(q.device)[:, None, None]  # (B, Lq, 1)
+            distance = place - torch.arange(length_k, device=q.device)  # (B, Lq, Lk), both as places among the keys
             mask = (distance >= 0) & (distance < window if window else True)
             mask = batch["masks"][at_q, window] = mask[:, None]
         attended = F.scaled_dot_product_attention(*blocks, attn_mask=mask, enable_gqa=True)
@@ -453,7 +453,8 @@ def load(folder: Path) -> tuple[Decoder, torch.dtype]:
 
 
 def scratch(config: dict, seed: int) -> Decoder:
-    """A new model: normal(0, initializer_range or 0.02), residual outputs scaled by 1/sqrt(2 layers) as in GPT-2; the same on every device."""
+    """A new model: normal(0, initializer_range or 0.02), residual outputs scaled by 1/sqrt(2 layers) as in GPT-2; the same
+    on every device."""
     decoder = Decoder(config, "scratch")
     generator, std = torch.Generator().manual_seed(seed), config.get("initializer_range", 0.02)
     with torch.no_grad():

@@ -394,7 +394,8 @@ def resume(out: Path, decoder, optimizer, scaler, machine: Machine, say: Callabl
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             parameter.copy_(weights[name])
-            optimizer.state[parameter] = {key: moments[f"{name}.{key}"].to(machine.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {key: moments[f"{name}.{key}"].to(machine.device)
+                                          for key in ("step", "exp_avg", "exp_avg_sq")}
     state = model.read_json(folder / "state.json")
     if scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
