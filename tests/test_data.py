@@ -83,7 +83,7 @@ FORMATS = {
     "empty system key": ("sft", {"messages": [U("hi"), A("yo")], "system": None}, [U("hi")], [[A("yo")]]),
     "parts": ("sft", {"messages": [U([{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]),
                                    A([{"type": "text", "value": "yo"}])]}, [U("hi")], [[A("yo")]]),
-    "part without text": ("sft", {"messages": [U([{"type": "image", "text": None}, {"type": "text", "text": "hi"}]), A("yo")]},
+    "part without text": ("sft", {"messages": [U([{"type": "text", "text": None}, {"type": "text", "text": "hi"}]), A("yo")]},
                           [U("hi")], [[A("yo")]]),
     "sharegpt": ("sft", {"system": "be brief", "conversations": [
         {"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}, {"from": "human", "value": "and"},
@@ -431,8 +431,8 @@ def test_joint_ids_are_the_tokenizers_own_where_they_can_be(stories, tmp_path):
 
 @pytest.mark.parametrize("max_length, max_prompt_length, prompt, response, truncated", [
     (12, 0, "<bos>12345=", "6789<eos>", 0),
-    (11, 0, "<bos>345=", "6789<eos>", 1),
-    (8, 0, "<bos>45=", "6789", 1),
+    (11, 0, "<bos>2345=", "6789<eos>", 1),  # what the response leaves
+    (8, 0, "<bos>45=", "6789", 1),  # half
     (12, 4, "<bos>45=", "6789<eos>", 1),
     (9, 7, "<bos>12345=", "67", 1)])
 def test_cut(max_length, max_prompt_length, prompt, response, truncated, tmp_path):
@@ -482,7 +482,7 @@ def test_cut_fits_and_takes_only_the_ends(tmp_path):
 def test_a_prompt_without_bos_keeps_its_end(tmp_path):
     tokenizer = data.Tokenizer(ARITHMETIC)
     example, _ = one(tmp_path, {"prompt": "12345=", "completion": "67"}, tokenizer, max_length=8)
-    assert text_of(tokenizer, example.prompt) == "345="
+    assert text_of(tokenizer, example.prompt) == "2345="
 
 
 def test_nothing_left_to_score_is_dropped(tmp_path):
@@ -530,6 +530,7 @@ MALFORMED = {
     "no messages": b'{"messages": []}',
     "messages of text": b'{"messages": ["hi"]}',
     "no assistant": b'{"messages": [{"role": "user", "content": "1"}]}',
+    "an image": b'{"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "2"}]}',
     "no assistant in the completion": b'{"prompt": {"from": "human", "value": "1"}, "completion": {"from": "human", "value": "2"}}',
     "unknown role": b'{"messages": [{"role": "robot", "content": "1"}]}',
     "role of the wrong type": b'{"messages": [{"role": ["user"], "content": "1"}]}',
