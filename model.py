@@ -7,7 +7,6 @@ Shapes: T stream tokens, S segments, H query heads, K key-value heads, E head wi
 import inspect
 import json
 import math
-import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
