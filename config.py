@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from losses import OBJECTIVES, Term
+from losses import OBJECTIVES, OPTIONS, Term, bind
 
 
 @dataclass
@@ -29,6 +29,10 @@ class Config:
     init_from: str = ""  # model folder, hub name, config file (its stage is run first if missing) or "scratch"
     out_dir: str = "out/run"  # metrics.jsonl, model/ and checkpoint-<step>/ go here; must be empty, or --resume
     nll_coef: float = 0.0  # adds this much NLL of the responses to imitate (of a pair: the chosen one)
+    reference_free: bool = False  # preference losses: the reference's log-probs are 0
+    ld_alpha: float = 1.0  # preference losses: weight of tokens past the shorter response's length (LD-DPO)
+    f_divergence: str | float = 1.0  # preference losses: forward_kl, js, or alpha of an alpha-divergence; 1: reverse KL
+    wpo: bool = False  # preference losses: weigh pairs by how likely the policy finds their responses
     scratch: dict = None  # config.json of the new model when init_from = "scratch"; vocab_size comes from the tokenizer
     tokenizer: str = ""  # folder with tokenizer.json; default: init_from's
 
@@ -84,7 +88,7 @@ CHOICES = {"truncation": ("cut", "drop", "error"), "tokenize": ("joint", "apart"
            "save_dtype": ("", "float32", "bfloat16", "float16", "float64")}
 AT_LEAST = {"batch_size": 1, "max_length": 2, "log_every": 1, "keep_checkpoints": 1, "max_new_tokens": 1} | dict.fromkeys(
     ("max_prompt_length", "micro_batch_tokens", "epochs", "max_steps", "lr", "min_lr", "warmup_steps", "weight_decay",
-     "grad_clip", "eval_every", "save_every", "nll_coef", "seed"), 0)
+     "grad_clip", "eval_every", "save_every", "nll_coef", "ld_alpha", "seed"), 0)
 TYPES = typing.get_type_hints(Config)
 
 
@@ -197,13 +201,15 @@ def load_stage(path: str, parent: types.SimpleNamespace) -> types.SimpleNamespac
 
 
 def terms(cfg: types.SimpleNamespace, compiled: bool) -> list[Term]:
-    """The losses of a run with their weights and hyperparameters bound."""
-    made = []
-    for name, weight in cfg.weights.items():
-        objective = OBJECTIVES[name]
-        loss = torch.compile(objective.loss, fullgraph=True, dynamic=True) if compiled else objective.loss
-        per = objective.per(**{key: cfg.bound[name][key] for key in inspect.signature(objective.per).parameters})
-        made.append(Term(weight, objective, loss, cfg.bound[name], per))
+    """The losses of a run, bound to their weights, hyperparameters and readings."""
+    made = [bind(name, weight, cfg.bound[name], compiled) for name, weight in cfg.weights.items()]
+    for name, option in OPTIONS.items():
+        if (value := getattr(cfg, name)) == getattr(Config, name):
+            continue
+        changed = [option(term, value) if term.objective.data == "preference" else term for term in made]
+        if all(new is old for new, old in zip(changed, made)):
+            raise ValueError(f"{name} = {value!r} changes nothing in {'+'.join(cfg.weights)}; leave it out")
+        made = changed
     return made
 
 
@@ -243,7 +249,8 @@ def help_text() -> str:
             lines += textwrap.wrap(knob[3], 72, initial_indent=" " * 6, subsequent_indent=" " * 6)
     lines += ["", "Objectives and their hyperparameters"]
     for o in OBJECTIVES.values():
-        lines.append("  " + " ".join([o.name, *(f"--{k}={v}" for k, v in o.hyperparameters.items())]))
+        lines += textwrap.wrap(" ".join([o.name, *(f"--{k}={v}" for k, v in o.hyperparameters.items())]), 78, initial_indent="  ",
+                               subsequent_indent="    ", break_on_hyphens=False)
         first = re.sub(r"\s+", " ", o.loss.__doc__.split("\n\n")[0])
         lines += textwrap.wrap(first, 72, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)

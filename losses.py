@@ -1,15 +1,17 @@
 """Every loss as a pure function of tensors, the table of objectives, and the fused linear -> log-prob.
 
-Imports torch and nothing of ours, so that a loss can be pasted anywhere: `from losses import dpo`.
+Imports torch and nothing of ours, so that a loss can be pasted anywhere: `from losses import dpo, kto`.
 
-Shapes: T stream tokens, N scored tokens, R responses, L longest response, P pairs, D width, V vocabulary.
+Shapes: T stream tokens, N scored tokens, R responses, L longest response, P pairs, S steps, D width, V vocabulary.
 
 A loss returns (values, mask, metrics): values per element in fp32 or wider, the boolean mask of the elements that count
 (None: all of them) and metrics name -> (values, mask). It never averages: `total` divides the sum by a count taken over
 all micro-batches and ranks of the optimizer step. Its positional parameters name what it reads (`READINGS`); its
 keyword-only parameters are hyperparameters, and become keys of the config.
 """
+import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,21 +31,30 @@ class Objective(NamedTuple):
     show: str | None  # metric that the progress bar shows beside the loss
     reads: tuple  # names of READINGS, in the order of the loss's positional parameters
     hyperparameters: dict  # name -> default
+    coupled: bool  # its value is no sum over rows: it is given the readings of the whole step
+
+
+class Reading(NamedTuple):
+    """How a parameter of a loss comes from a micro-batch."""
+    streams: tuple  # outputs of the model, or columns that a source adds to the batch
+    how: Callable  # (batch, *streams) -> tensor
 
 
 class Term(NamedTuple):
-    """One loss of a run with its weight and its hyperparameters bound."""
+    """One loss of a run, bound to its weight, hyperparameters and readings."""
     weight: float
     objective: Objective
     loss: Callable  # the objective's loss, compiled or not
     hyperparameters: dict
     per: str  # key of the step's counts that its sum is divided by
+    reads: dict  # name -> Reading
+    importance: Reading | None = None  # (P,) weights of its values
 
 
 OBJECTIVES: dict[str, Objective] = {}
 
 
-def objective(data: str | None, per: str | Callable, show: str | None = None):
+def objective(data: str | None, per: str | Callable, show: str | None = None, coupled: bool = False):
     """Register a loss under its own name. `per` is a key of the step's counts, or a function of hyperparameters."""
     def register(loss):
         parameters = inspect.signature(loss).parameters.values()
@@ -53,45 +64,63 @@ def objective(data: str | None, per: str | Callable, show: str | None = None):
             raise TypeError(f"{loss.__name__}: no reading is called {unknown[0]!r}; READINGS has {', '.join(READINGS)}")
         hyperparameters = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         divisor = per if callable(per) else lambda: per
-        OBJECTIVES[loss.__name__] = Objective(loss.__name__, loss, data, divisor, show, reads, hyperparameters)
+        OBJECTIVES[loss.__name__] = Objective(loss.__name__, loss, data, divisor, show, reads, hyperparameters, coupled)
         return loss
     return register
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Readings: name -> (the (N,) stream it is made from, how). A stream is an output of the model or a column of the batch.
+def bind(name: str, weight: float, hyperparameters: dict, compile: bool = False) -> Term:
+    o = OBJECTIVES[name]
+    per = o.per(**{key: hyperparameters[key] for key in inspect.signature(o.per).parameters})
+    return Term(weight, o, compiled(o.loss) if compile else o.loss, hyperparameters, per, {n: READINGS[n] for n in o.reads})
 
 
-def by_response(stream: Tensor, batch: dict) -> Tensor:
-    """(N,) -> (R, L): the scored tokens of each response in a row of their own, zeros behind them."""
-    table = stream.new_zeros(batch["num_responses"] + 1, batch["longest"])  # padding lands in the row past the last
-    return table.index_put((batch["response"], batch["place"]), stream)[:-1]
+@functools.cache
+def compiled(function: Callable, dynamic: bool = True) -> Callable:
+    """The function as one graph that serves every batch shape (sizes 0 and 1 are graphs of their own)."""
+    return torch.compile(function, fullgraph=True, dynamic=dynamic)
 
 
-def action_mask(stream: None, batch: dict) -> Tensor:
-    return torch.arange(batch["longest"], device=batch["lengths"].device) < batch["lengths"][:, None]  # (R, L)
+def streams(terms: list[Term]) -> set[str]:
+    """Names of the streams that these losses need, from the model or from a source of columns."""
+    return {stream for t in terms for reading in (*t.reads.values(), t.importance) if reading for stream in reading.streams}
 
 
-def summed(which: str) -> Callable:
-    return lambda stream, batch: by_response(stream, batch).sum(-1)[batch[which]]  # (P,)
+def read(reading: Reading, available: dict) -> Tensor:
+    return reading.how(available, *(available[stream] for stream in reading.streams))
 
 
-READINGS = {
-    "log_probs": ("log_probs", by_response),
-    "action_mask": (None, action_mask),
-    "demonstration_mask": (None, lambda _, batch: action_mask(_, batch) & batch["demonstrated"][:, None]),
-    "policy_chosen_logps": ("log_probs", summed("chosen")),
-    "policy_rejected_logps": ("log_probs", summed("rejected")),
-    "reference_chosen_logps": ("reference_log_probs", summed("chosen")),
-    "reference_rejected_logps": ("reference_log_probs", summed("rejected")),
-    "chosen_lengths": (None, lambda _, batch: batch["lengths"][batch["chosen"]]),
-    "rejected_lengths": (None, lambda _, batch: batch["lengths"][batch["rejected"]]),
-}
+class Step(NamedTuple):
+    """What a coupled loss sees of the other micro-batches of its step, of all ranks: their readings, without gradient."""
+    parts: int  # micro-batches of the step
+    others: dict  # reading -> (those before this micro-batch, those after it)
 
 
-def streams(terms: list[Term]) -> list[str]:
-    """Names of the (N,) streams that these losses need, from the model or from a source of columns."""
-    return sorted({READINGS[name][0] for term in terms for name in term.objective.reads} - {None})
+def total(terms: list[Term], outputs: dict, batch: dict, counts: dict) -> tuple[Tensor, dict]:
+    """One micro-batch's share of the step's loss, and metrics as name -> (sum, count).
+
+    counts: name -> number over the whole optimizer step, all micro-batches and ranks. The shares add up to the loss,
+    and their gradients to its gradient: a coupled loss is computed whole in every micro-batch, on readings of which only
+    the micro-batch's own carry gradient.
+    """
+    available, loss, metrics = {**batch, **outputs}, 0, {}
+    for term in terms:
+        inputs, parts = {name: read(reading, available) for name, reading in term.reads.items()}, 1
+        if term.objective.coupled:
+            parts, others = batch["step"]
+            inputs = {name: torch.cat([others[name][0], own, others[name][1]]) for name, own in inputs.items()}
+        metrics.update({metric: reduced(read(READINGS[name], available), None)
+                        for name, metric in REPORTED.items() if name in term.reads})
+        values, mask, more = term.loss(*inputs.values(), **term.hyperparameters)
+        if term.importance:
+            values = values * read(term.importance, available)
+        share, count = reduced(values, mask)
+        share = share - (1 - 1 / parts) * share.detach()
+        loss = loss + term.weight / max(counts[term.per], 1) * share
+        if len(terms) > 1:
+            metrics[f"loss/{term.objective.name}"] = (share, count / parts)
+        metrics.update({name: tuple(x / parts for x in reduced(*pair)) for name, pair in more.items()})
+    return loss, {name: (s.detach(), n.detach()) for name, (s, n) in metrics.items()}
 
 
 def reduced(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -101,81 +130,784 @@ def reduced(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.where(mask, values, 0).sum(), mask.sum().to(values.dtype)
 
 
-def total(terms: list[Term], outputs: dict, batch: dict, counts: dict) -> tuple[Tensor, dict]:
-    """One micro-batch's share of the step's loss, and metrics as name -> (sum, count).
+# ---------------------------------------------------------------------------------------------------------------------
+# Readings
 
-    counts: name -> number over the whole optimizer step, all micro-batches and ranks. The shares add up to the loss.
-    """
-    available = {**batch, **outputs}
-    read = {name: how(stream and available[stream], batch)
-            for name, (stream, how) in READINGS.items() if any(name in term.objective.reads for term in terms)}
-    loss, metrics = 0, {}
-    for term in terms:
-        values, mask, more = term.loss(*(read[name] for name in term.objective.reads), **term.hyperparameters)
-        share, count = reduced(values, mask)
-        loss = loss + term.weight / max(counts[term.per], 1) * share
-        if len(terms) > 1:
-            metrics[f"loss/{term.objective.name}"] = (share, count)
-        metrics.update({name: reduced(*pair) for name, pair in more.items()})
-    return loss, {name: (s.detach(), n.detach()) for name, (s, n) in metrics.items()}
+
+def by_response(batch: dict, stream: Tensor) -> Tensor:
+    """(N,) -> (R, L): the scored tokens of each response in a row of their own, zeros behind them."""
+    table = stream.new_zeros(batch["num_responses"] + 1, batch["longest"])  # padding lands in the row past the last
+    return table.index_put((batch["response"], batch["place"]), stream)[:-1]
+
+
+def action_mask(batch: dict) -> Tensor:
+    return torch.arange(batch["longest"], device=batch["lengths"].device) < batch["lengths"][:, None]  # (R, L)
+
+
+def column(name: str) -> Reading:
+    return Reading((name,), lambda batch, stream: stream)
+
+
+def table(name: str) -> Reading:
+    return Reading((name,), by_response)  # (R, L)
+
+
+def summed(name: str, side: str) -> Reading:
+    return Reading((name,), lambda batch, stream: by_response(batch, stream).sum(-1)[batch[side]])  # (P,)
+
+
+def side(name: str, side: str) -> Reading:
+    return Reading((name,), lambda batch, stream: stream[batch[side]])  # (P,)
+
+
+READINGS = {
+    **{name: table(name) for name in ("log_probs", "old_log_probs", "rollout_log_probs", "reference_log_probs", "entropy",
+                                      "advantages", "values", "old_values", "returns")},
+    "action_mask": Reading((), action_mask),
+    "demonstration_mask": Reading((), lambda batch: action_mask(batch) & batch["demonstrated"][:, None]),
+    "policy_chosen_logps": summed("log_probs", "chosen"),  # for rows with a label: of the desirable responses
+    "policy_rejected_logps": summed("log_probs", "rejected"),
+    "reference_chosen_logps": summed("reference_log_probs", "chosen"),
+    "reference_rejected_logps": summed("reference_log_probs", "rejected"),
+    "chosen_lengths": Reading((), lambda batch: batch["lengths"][batch["chosen"]]),
+    "rejected_lengths": Reading((), lambda batch: batch["lengths"][batch["rejected"]]),
+    "policy_KL_logps": column("policy_KL_logps"),  # mismatched responses of the whole step, no gradient
+    "reference_KL_logps": column("reference_KL_logps"),
+    "running_reward": column("running_reward"),  # () as RUNNING says
+    "chosen_reward": side("reward", "chosen"),
+    "reject_reward": side("reward", "rejected"),
+    **{name: column(name) for name in ("margin", "ranked_rewards", "rank_mask", "step_logits", "step_labels", "step_mask",
+                                       "logits", "teacher_logits", "label")},
+}
+REPORTED = {"policy_chosen_logps": "logps/chosen", "policy_rejected_logps": "logps/rejected"}  # readings that are metrics too
+RUNNING = {"running_reward": "rewards/mean"}  # reading -> metric whose mean over all steps before this one it is
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Language modelling
+# Options that combine with preference losses: (term, value) -> the term with other readings, or the same term where the
+# option would not change it
+
+
+def reference_free(term: Term, value: bool) -> Term:
+    """The reference's log-probs are 0."""
+    zeros = lambda policy: Reading(policy.streams, lambda batch, *_: torch.zeros_like(read(policy, batch)))
+    changed = {name: zeros(term.reads[name.replace("reference", "policy")])
+               for name in term.reads if name.startswith("reference_")}
+    return term._replace(reads={**term.reads, **changed}) if changed else term
+
+
+def ld_alpha(term: Term, value: float) -> Term:
+    """LD-DPO, arXiv:2409.06411: tokens past the length of the pair's shorter response count `value`."""
+    def desensitized(name):
+        def how(batch, stream):
+            shorter = torch.minimum(batch["lengths"][batch["chosen"]], batch["lengths"][batch["rejected"]])
+            logps = by_response(batch, stream)[batch["chosen" if "chosen" in name else "rejected"]]
+            place = torch.arange(logps.shape[1], device=logps.device)
+            return torch.where(place < shorter[:, None], logps, value * logps).sum(-1)
+        return Reading(READINGS[name].streams, how)
+    changed = {name: desensitized(name) for name, reading in term.reads.items()
+               if name.endswith("_logps") and reading is READINGS[name]}
+    return term._replace(reads={**term.reads, **changed}) if changed else term
+
+
+def divergence(log_ratio: Tensor, kind: str | float) -> Tensor:
+    """f'(pi / pi_ref) of the log-ratio, arXiv:2309.16240 table 1: what takes its place in DPO under another divergence.
+    kind: "forward_kl", "js", or the alpha of the alpha-divergence (1, the reverse KL, leaves it as it is)."""
+    if kind == "forward_kl":
+        return -torch.expm1((-log_ratio).clamp(max=80))
+    if kind == "js":
+        return math.log(2) + F.logsigmoid(log_ratio)
+    if isinstance(kind, str):
+        raise ValueError(f"f_divergence = {kind!r}; expected 'forward_kl', 'js' or a number, the alpha of an alpha-divergence")
+    return log_ratio if kind == 1 else torch.expm1(((kind - 1) * log_ratio).clamp(max=80)) / (kind - 1)
+
+
+def f_divergence(term: Term, value: str | float) -> Term:
+    """Log-ratios are replaced by f' of the divergence (`divergence`)."""
+    divergence(torch.zeros(()), value)
+    if term.objective.coupled or not {"reference_chosen_logps", "reference_rejected_logps"} <= term.reads.keys():
+        return term  # aot sorts differences of log-probs that are no log-ratios
+    changed = {}
+    for which in ("chosen", "rejected"):
+        policy, reference = term.reads[f"policy_{which}_logps"], term.reads[f"reference_{which}_logps"]
+        changed[f"policy_{which}_logps"] = Reading(
+            tuple(dict.fromkeys(policy.streams + reference.streams)),
+            lambda batch, *_, p=policy, r=reference: divergence(difference(read(p, batch), read(r, batch)), value))
+    term = term._replace(reads={**term.reads, **changed})
+    return reference_free(term, True)
+
+
+def wpo(term: Term, value: bool) -> Term:
+    """WPO, arXiv:2406.11827 eq. 2 with sampled alignment: each pair weighs exp of the two responses' mean of log p minus
+    log sum_v p(v)^2, no gradient."""
+    def weights(batch, log_probs, collision):
+        gap = by_response(batch, log_probs - collision).detach().sum(-1) / batch["lengths"].clamp(min=1)
+        return (gap[batch["chosen"]] + gap[batch["rejected"]]).exp()
+    if term.objective.coupled or "policy_chosen_logps" not in term.reads:
+        return term  # sorted values belong to no pair
+    return term._replace(importance=Reading(("log_probs", "collision"), weights))
+
+
+OPTIONS = {option.__name__: option for option in (reference_free, ld_alpha, f_divergence, wpo)}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small shared parts
+
+
+def wide(x: Tensor) -> Tensor:
+    """fp32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    """a - b in fp32 or wider, of tensors of one shape: a (P, 1) among (P,) would broadcast to (P, P)."""
+    if a.shape != b.shape:
+        raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} differ")
+    return wide(a) - wide(b)
+
+
+def log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
+    """log pi / pi_ref of the chosen and of the rejected responses."""
+    return difference(policy_chosen_logps, reference_chosen_logps), difference(policy_rejected_logps, reference_rejected_logps)
+
+
+def average(x: Tensor) -> Tensor:
+    """Mean of a (n,) that may be empty: then 0."""
+    return x.sum() / max(len(x), 1)
+
+
+def smoothed(x: Tensor, label_smoothing: float) -> Tensor:
+    """-log sigmoid(x) when that share of the labels is flipped."""
+    return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
+
+
+def preference_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict:
+    """What every preference loss reports; rewards are beta times what the loss compares. Ties count half."""
+    margins = chosen_rewards - rejected_rewards
+    return {"rewards/chosen": (chosen_rewards, None), "rewards/rejected": (rejected_rewards, None),
+            "rewards/margins": (margins, None), "rewards/accuracies": (0.5 + 0.5 * margins.sign(), None)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Language modelling and distillation
 
 
 @objective(data=None, per=lambda per_sequence: "demonstrations" if per_sequence else "demonstrated_tokens")
-def sft(log_probs, demonstration_mask, *, per_sequence=False):
+def sft(log_probs, demonstration_mask, *, per_sequence=False, dft=False):
     """Cross-entropy of the responses to imitate, their first token and EOS included, the prompt not.
 
     log_probs, demonstration_mask: (R, L). per_sequence: mean of per-sequence means instead of one mean over tokens.
-    Of preference pairs it imitates the chosen response, so {"dpo": 1.0, "sft": 0.2} adds an NLL term to DPO.
+    dft: each token weighs its own probability, arXiv:2508.05629. Of preference pairs it imitates the chosen
+    response, so {"dpo": 1.0, "sft": 0.2} adds an NLL term to DPO.
     """
-    nll = torch.where(demonstration_mask, -log_probs, 0)
+    nll = torch.where(demonstration_mask, -wide(log_probs), 0)
     metrics = {"nll": (nll, demonstration_mask)}
+    if dft:
+        nll = (-nll).exp().detach() * nll
     if not per_sequence:
         return nll, demonstration_mask, metrics
     return nll.sum(-1) / demonstration_mask.sum(-1).clamp(min=1), demonstration_mask.any(-1), metrics
 
 
+def next_label(labels: Tensor) -> Tensor:
+    """(B, L) token ids, -100 where not scored -> the label of each place's logits: the token after it."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def labelled(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., V), (...,) -> logits in fp32 with zeros where the label is -100, and the mask of the others."""
+    mask = label != -100
+    return torch.where(mask[..., None], wide(logits), 0), mask
+
+
+@objective(data="sft", per="demonstrated_tokens")
+def lm(logits, label):
+    """`sft` on logits: cross-entropy with the labels, -100 where not scored (GPTLMLoss).
+
+    logits (..., V), label (...,): the token that these logits predict; of a batch of token ids, `next_label(labels)`.
+    """
+    logits, mask = labelled(logits, label)
+    log_probs = logits.log_softmax(-1).gather(-1, torch.where(mask, label, 0)[..., None])[..., 0]
+    return sft(log_probs, mask)
+
+
+@objective(data="sft", per="demonstrated_tokens", show="kl")
+def kd(logits, teacher_logits, label, *, alpha=0.4, temperature=1.0, jsd_beta=0.0):
+    """Knowledge distillation, arXiv:1503.02531: (1 - alpha) CE(label) + alpha T^2 D(teacher, student) at temperature T.
+
+    logits (..., V), teacher_logits (..., V'), label (...,): the token that these logits predict, -100 where not scored;
+    of a batch of token ids, `next_label(labels)`. Of vocabularies padded to other sizes the common part is compared. D is,
+    by jsd_beta: 0: cross-entropy -sum_v p_T log p_S (KDLoss; KL(T||S) up to a constant); 1: KL(S||T); between: generalized
+    JSD, arXiv:2306.13649. Metric kl is KL(T||S), 0 at student = teacher. A token banned by a logit of -inf on one side is
+    left out of the divergence.
+    """
+    logits, teacher_logits = wide(logits), wide(teacher_logits)
+    values, mask, metrics = lm(logits, label)
+    common = min(logits.shape[-1], teacher_logits.shape[-1])
+    student, teacher = ((labelled(x[..., :common], label)[0] / temperature).log_softmax(-1) for x in (logits, teacher_logits))
+    expected = lambda log_p, log_q: (log_p.exp() * log_q.masked_fill(log_q.isneginf(), 0)).sum(-1)
+    kl = lambda log_p, log_q: expected(log_p, log_p) - expected(log_p, log_q)
+    if jsd_beta == 0:
+        distance = -expected(teacher, student)
+    elif jsd_beta == 1:
+        distance = kl(student, teacher)
+    else:
+        floor = lambda log_p: log_p.clamp(min=-1e30)  # -inf has no gradient in logaddexp
+        mixture = torch.logaddexp(floor(teacher) + math.log(jsd_beta), floor(student) + math.log1p(-jsd_beta))
+        distance = jsd_beta * kl(teacher, mixture) + (1 - jsd_beta) * kl(student, mixture)
+    values = (1 - alpha) * values + alpha * temperature**2 * torch.where(mask, distance, 0)
+    return values, mask, {**metrics, "kl": (kl(teacher, student), mask)}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Preference pairs. (P,) summed log-probs of the chosen and rejected responses under the policy and the reference.
-
-
-def preference_metrics(chosen_logps, rejected_logps, chosen_rewards, rejected_rewards) -> dict:
-    """The metrics that every preference loss reports; rewards are beta times the log-ratio to the reference."""
-    margins = chosen_rewards - rejected_rewards
-    return {"rewards/chosen": (chosen_rewards, None), "rewards/rejected": (rejected_rewards, None),
-            "rewards/margins": (margins, None), "rewards/accuracies": (0.5 + 0.5 * margins.sign(), None),  # ties: half
-            "logps/chosen": (chosen_logps, None), "logps/rejected": (rejected_logps, None)}
+# Preference pairs. All inputs (P,): log-probs summed over a response's tokens, in nats, of policy and reference; lengths in
+# tokens. c and r are the log-ratios of the chosen and the rejected response.
 
 
 @objective(data="preference", per="pairs", show="rewards/accuracies")
 def dpo(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *,
         beta=0.1, label_smoothing=0.0):
-    """Direct preference optimization, arXiv:2305.18290 eq. 7. label_smoothing > 0 is conservative DPO: the share of
-    labels taken to be flipped. All inputs (P,), in nats. At policy = reference the loss is log 2."""
-    chosen = policy_chosen_logps - reference_chosen_logps
-    rejected = policy_rejected_logps - reference_rejected_logps
-    margin = beta * (chosen - rejected)
-    values = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
-    return values, None, preference_metrics(policy_chosen_logps, policy_rejected_logps, beta * chosen, beta * rejected)
+    """Direct preference optimization, arXiv:2305.18290 eq. 7: -log sigmoid(beta (c - r)). label_smoothing > 0 is
+    conservative DPO: the share of labels taken to be flipped. At policy = reference the loss is log 2."""
+    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    return smoothed(beta * (c - r), label_smoothing), None, preference_metrics(beta * c, beta * r)
 
 
 @objective(data="preference", per="pairs", show="rewards/accuracies")
 def ipo(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
         chosen_lengths=None, rejected_lengths=None, *, beta=0.1, length_normalized=False):
-    """Identity preference optimization, arXiv:2310.12036 eq. 17: regress the log-ratio difference on 1/(2 beta).
+    """Identity preference optimization, arXiv:2310.12036 eq. 17: (c - r - 1/(2 beta))^2, a regression of the difference.
 
-    All inputs (P,). Log-ratios are summed over tokens; length_normalized divides each by its response's length (what
-    the authors do in later work, and TRL). At policy = reference the loss is 1/(4 beta^2).
+    length_normalized divides each log-ratio by its response's length (what the authors do in later work, and TRL). At
+    policy = reference the loss is 1/(4 beta^2).
     """
-    chosen = policy_chosen_logps - reference_chosen_logps
-    rejected = policy_rejected_logps - reference_rejected_logps
-    metrics = preference_metrics(policy_chosen_logps, policy_rejected_logps, beta * chosen, beta * rejected)
+    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    metrics = preference_metrics(beta * c, beta * r)
     if length_normalized:
-        chosen, rejected = chosen / chosen_lengths.clamp(min=1), rejected / rejected_lengths.clamp(min=1)
-    return (chosen - rejected - 1 / (2 * beta)) ** 2, None, metrics
+        c, r = c / chosen_lengths.clamp(min=1), r / rejected_lengths.clamp(min=1)
+    return (c - r - 1 / (2 * beta)) ** 2, None, metrics
+
+
+@objective(data="preference", per="pairs", show="rewards/accuracies")
+def hinge(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *, beta=0.1):
+    """SLiC-HF's calibration on log-ratios, arXiv:2305.10425: max(0, 1 - beta (c - r)). 1 at the start."""
+    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    return torch.relu(1 - beta * (c - r)), None, preference_metrics(beta * c, beta * r)
+
+
+@objective(data="preference", per="pairs", show="rewards/accuracies")
+def robust(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *,
+           beta=0.1, label_smoothing=0.1):
+    """Robust DPO, arXiv:2403.00409: the unbiased estimate of the clean loss when label_smoothing of the labels are
+    flipped, [-(1 - eps) log sigmoid(x) + eps log sigmoid(-x)] / (1 - 2 eps). log 2 at the start."""
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"robust: label_smoothing = {label_smoothing}; expected a share of flipped labels in [0, 0.5)")
+    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    x = beta * (c - r)
+    values = (label_smoothing * F.logsigmoid(-x) - (1 - label_smoothing) * F.logsigmoid(x)) / (1 - 2 * label_smoothing)
+    return values, None, preference_metrics(beta * c, beta * r)
+
+
+@objective(data="preference", per="pairs", show="rewards/accuracies")
+def exo_pair(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *,
+             beta=0.1, label_smoothing=1e-3):
+    """EXO, arXiv:2402.00856 eq. 16: the reverse KL from the pair's preference under the policy to (1 - eps, eps)."""
+    if not 0 < label_smoothing < 1:
+        raise ValueError(f"exo_pair: label_smoothing = {label_smoothing}; expected a number in (0, 1), the paper has 1e-3")
+    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    x = beta * (c - r)
+    values = (x.sigmoid() * (F.logsigmoid(x) - math.log1p(-label_smoothing))
+              + (-x).sigmoid() * (F.logsigmoid(-x) - math.log(label_smoothing)))
+    return values, None, preference_metrics(beta * c, beta * r)
+
+
+@objective(data="preference", per="pairs", show="rewards/accuracies")
+def nca_pair(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *, beta=0.1):
+    """Noise contrastive alignment, arXiv:2402.05369, for pairs: -log sigmoid(beta c) - log sigmoid(-beta c) / 2
+    - log sigmoid(-beta r) / 2. 2 log 2 at the start."""
+    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    values = -F.logsigmoid(beta * c) - 0.5 * F.logsigmoid(-beta * c) - 0.5 * F.logsigmoid(-beta * r)
+    return values, None, preference_metrics(beta * c, beta * r)
+
+
+@objective(data="preference", per="pairs", show="rewards/accuracies")
+def bco_pair(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+             running_reward=None, *, beta=0.1, delta=True):
+    """Binary classifier optimization of pairs, arXiv:2404.04656: -log sigmoid(beta c - d) - log sigmoid(d - beta r).
+
+    d: running_reward, (), the mean of beta c and beta r over all steps so far; delta=False: 0. 2 log 2 at the start.
+    """
+    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    d = running_reward if delta and running_reward is not None else 0
+    values = -F.logsigmoid(beta * c - d) - F.logsigmoid(d - beta * r)
+    return values, None, {**preference_metrics(beta * c, beta * r), "rewards/mean": (beta * torch.cat([c, r]), None)}
+
+
+@objective(data="preference", per="pairs", show="rewards/accuracies")
+def sppo_hard(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *, beta=0.1):
+    """Self-play preference optimization with hard labels, arXiv:2405.00675 eq. 4.7: (c - 1/(2 beta))^2 + (r + 1/(2 beta))^2.
+    1/(2 beta^2) at the start."""
+    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    return (c - 0.5 / beta) ** 2 + (r + 0.5 / beta) ** 2, None, preference_metrics(beta * c, beta * r)
+
+
+@objective(data="preference", per="pairs", show="rewards/accuracies", coupled=True)
+def aot(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *,
+        beta=0.1, label_smoothing=0.0):
+    """Alignment via optimal transport, arXiv:2406.05882, paired: `dpo` on sort(pc - pr) - sort(rc - rr), the differences of
+    policy and of reference each sorted over the step. log 2 at the start."""
+    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    policy = difference(policy_chosen_logps, policy_rejected_logps).sort().values
+    reference = difference(reference_chosen_logps, reference_rejected_logps).sort().values
+    return smoothed(beta * (policy - reference), label_smoothing), None, preference_metrics(beta * c, beta * r)
+
+
+@objective(data="preference", per="pairs", show="rewards/accuracies", coupled=True)
+def aot_unpaired(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *,
+                 beta=0.1, label_smoothing=0.0):
+    """Alignment via optimal transport, arXiv:2406.05882, unpaired: `dpo` on sort(c) - sort(r), each sorted over the step.
+    log 2 at the start."""
+    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    values = smoothed(beta * (c.sort().values - r.sort().values), label_smoothing)
+    return values, None, preference_metrics(beta * c, beta * r)
+
+
+@objective(data="preference", per="pairs", show="rewards/accuracies")
+def apo_zero(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *, beta=0.1):
+    """Anchored preference optimization, arXiv:2408.06266 eq. 7: 1 - sigmoid(beta c) + sigmoid(beta r), where the chosen
+    responses are better than the policy's own. 1 at the start."""
+    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    return (-beta * c).sigmoid() + (beta * r).sigmoid(), None, preference_metrics(beta * c, beta * r)
+
+
+@objective(data="preference", per="pairs", show="rewards/accuracies")
+def apo_down(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *, beta=0.1):
+    """Anchored preference optimization, arXiv:2408.06266 eq. 8: sigmoid(beta c) + 1 - sigmoid(beta (c - r)), where the chosen
+    responses are worse than the policy's own. 1 at the start."""
+    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    return (beta * c).sigmoid() + (beta * (r - c)).sigmoid(), None, preference_metrics(beta * c, beta * r)
+
+
+@objective(data="preference", per="pairs", show="rewards/accuracies")
+def discopop(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *,
+             beta=0.1, tau=0.05):
+    """Discovered preference optimization, arXiv:2406.08414 eq. 5: x = beta (c - r), m = sigmoid(x / tau):
+    -log sigmoid(x) (1 - m) + exp(-x) m, the last as exp(-x + log m) so that it stays finite. (log 2 + 1) / 2 at the start."""
+    if not 0 < tau <= 1:
+        raise ValueError(f"discopop: tau = {tau}; expected a number in (0, 1]: above 1 the loss has no bound")
+    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    x = beta * (c - r)
+    values = -F.logsigmoid(x) * (-x / tau).sigmoid() + (F.logsigmoid(x / tau) - x).exp()
+    return values, None, preference_metrics(beta * c, beta * r)
+
+
+@objective(data="preference", per="pairs", show="rewards/accuracies")
+def sigmoid_norm(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+                 chosen_lengths, rejected_lengths, *, beta=0.1):
+    """Length-normalised DPO, arXiv:2411.15124: -log sigmoid(beta (c / n_c - r / n_r)). log 2 at the start."""
+    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    c, r = c / chosen_lengths.clamp(min=1), r / rejected_lengths.clamp(min=1)
+    return smoothed(beta * (c - r), 0), None, preference_metrics(beta * c, beta * r)
+
+
+@objective(data="preference", per="pairs", show="rewards/accuracies")
+def simpo(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths, *, beta=2.0, gamma=1.0):
+    """Simple preference optimization, arXiv:2405.14734 eq. 6: -log sigmoid(beta (pc / n_c - pr / n_r) - gamma). No reference."""
+    chosen = wide(policy_chosen_logps) / chosen_lengths.clamp(min=1)
+    rejected = wide(policy_rejected_logps) / rejected_lengths.clamp(min=1)
+    return smoothed(beta * (chosen - rejected) - gamma, 0), None, preference_metrics(beta * chosen, beta * rejected)
+
+
+@objective(data="preference", per="pairs", show="rewards/accuracies")
+def orpo(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths, *, beta=0.1):
+    """Odds ratio preference optimization, arXiv:2403.07691 eq. 6: -m_c - beta log sigmoid(log odds(m_c) - log odds(m_r)), m the
+    mean log-prob of a response's tokens, odds(m) = e^m / (1 - e^m). beta is the paper's lambda. No reference."""
+    chosen = wide(policy_chosen_logps) / chosen_lengths.clamp(min=1)
+    rejected = wide(policy_rejected_logps) / rejected_lengths.clamp(min=1)
+    log_odds = lambda m: m - (-torch.expm1(m.clamp(max=-torch.finfo(m.dtype).eps))).log()
+    values = beta * smoothed(log_odds(chosen) - log_odds(rejected), 0) - chosen
+    return values, None, {**preference_metrics(beta * chosen, beta * rejected), "nll": (-chosen, None)}
+
+
+@objective(data="preference", per="pairs", show="rewards/accuracies")
+def cpo(policy_chosen_logps, policy_rejected_logps, chosen_lengths, *, beta=0.1, alpha=1.0):
+    """Contrastive preference optimization, arXiv:2401.08417: -log sigmoid(beta (pc - pr)) + alpha NLL(chosen), the latter the mean
+    of the response's tokens. No reference."""
+    chosen, rejected = wide(policy_chosen_logps), wide(policy_rejected_logps)
+    nll = -chosen / chosen_lengths.clamp(min=1)
+    metrics = preference_metrics(beta * chosen, beta * rejected)
+    return smoothed(beta * (chosen - rejected), 0) + alpha * nll, None, {**metrics, "nll": (nll, None)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Responses with a label, not paired: "chosen" are the desirable ones (n_c,), "rejected" the undesirable ones (n_r,); one of
+# them may be empty. Values are (n_c + n_r,).
+
+
+def label_metrics(desirable_rewards: Tensor, undesirable_rewards: Tensor) -> dict:
+    return {"rewards/desirable": (desirable_rewards, None), "rewards/undesirable": (undesirable_rewards, None)}
+
+
+@objective(data="kto", per="examples", show="rewards/desirable")
+def kto(policy_chosen_logps, policy_rejected_logps, policy_KL_logps,
+        reference_chosen_logps, reference_rejected_logps, reference_KL_logps, *,
+        beta=0.1, desirable_weight=1.0, undesirable_weight=1.0):
+    """Kahneman-Tversky optimization, arXiv:2402.01306 eq. 8: w_i sigmoid(-s_i beta (log-ratio_i - z0)), s = 1 for desirable
+    responses and -1 for the others; that is w_i (1 - sigmoid(...)) without cancelling to a zero gradient.
+
+    z0: mean log-ratio of the KL rows, clamped at 0, no gradient. policy_KL_logps, reference_KL_logps: (m,), prompts with
+    responses of other prompts, of the whole step. At policy = reference the loss is w_i / 2.
+    """
+    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    z0 = average(difference(policy_KL_logps, reference_KL_logps).detach()).clamp(min=0)
+    values = torch.cat([desirable_weight * (beta * (z0 - c)).sigmoid(), undesirable_weight * (beta * (r - z0)).sigmoid()])
+    return values, None, {**label_metrics(beta * c, beta * r), "kl": (z0[None], None)}
+
+
+@objective(data="kto", per="examples", show="rewards/desirable", coupled=True)
+def kto_vanilla(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *,
+                beta=0.1, detach_kl=True):
+    """KTO for even sampling: each class's baseline is the other class's mean log-ratio over the step, clamped at 0.
+
+    detach_kl=False lets gradient through the baselines, as the reference implementation does. 1/2 at the start.
+    """
+    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    c_kl, r_kl = average(c.detach() if detach_kl else c).clamp(min=0), average(r.detach() if detach_kl else r).clamp(min=0)
+    values = torch.cat([(beta * (r_kl - c)).sigmoid(), (beta * (r - c_kl)).sigmoid()])
+    return values, None, {**label_metrics(beta * c, beta * r), "kl": (torch.stack([c_kl, r_kl]), None)}
+
+
+@objective(data="kto", per="examples", show="rewards/desirable")
+def apo_zero_unpaired(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *, beta=0.1):
+    """`apo_zero` without pairs, arXiv:2408.06266: 1 - sigmoid(beta c) for desirable responses, sigmoid(beta r) for the others.
+    1/2 at the start."""
+    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    return torch.cat([(-beta * c).sigmoid(), (beta * r).sigmoid()]), None, label_metrics(beta * c, beta * r)
+
+
+@objective(data="kto", per="examples", show="rewards/desirable")
+def bco(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+        running_reward=None, *, beta=0.1):
+    """Binary classifier optimization, arXiv:2404.04656: -log sigmoid(beta c - d) for desirable responses, -log sigmoid(d - beta r)
+    for the others. d: running_reward, (), the mean of both over all steps so far. log 2 at the start."""
+    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    d = 0 if running_reward is None else running_reward
+    values = -F.logsigmoid(torch.cat([beta * c - d, d - beta * r]))
+    return values, None, {**label_metrics(beta * c, beta * r), "rewards/mean": (beta * torch.cat([c, r]), None)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reward models. chosen_reward, reject_reward, margin: (P,) scores.
+
+
+def reward_terms(chosen_reward, reject_reward, margin, center_coef) -> tuple[Tensor, Tensor, dict]:
+    """(chosen - rejected - margin), center_coef (chosen + rejected)^2 and the metrics."""
+    gap = difference(chosen_reward, reject_reward)
+    metrics = {"accuracy": (0.5 + 0.5 * gap.sign(), None), "margin": (gap, None),
+               "reward": (torch.cat([wide(chosen_reward), wide(reject_reward)]), None)}
+    center = center_coef * (wide(chosen_reward) + wide(reject_reward)) ** 2
+    return gap if margin is None else difference(gap, margin), center, metrics
+
+
+@objective(data="preference", per="pairs", show="accuracy")
+def rm(chosen_reward, reject_reward, margin=None, *, center_coef=0.0):
+    """Bradley-Terry reward model, arXiv:2203.02155 eq. 1: -log sigmoid(chosen - rejected - margin) (PairWiseLoss). center_coef
+    (chosen + rejected)^2 keeps the rewards near 0, arXiv:2312.09244. log 2 where both rewards are equal."""
+    gap, center, metrics = reward_terms(chosen_reward, reject_reward, margin, center_coef)
+    return smoothed(gap, 0) + center, None, metrics
+
+
+@objective(data="preference", per="pairs", show="accuracy")
+def rm_logexp(chosen_reward, reject_reward, margin=None, *, center_coef=0.0):
+    """log(1 + exp(rejected - chosen + margin)), arXiv:2204.05862 (LogExpLoss): the same function as `rm`, written so that it
+    does not overflow."""
+    gap, center, metrics = reward_terms(chosen_reward, reject_reward, margin, center_coef)
+    return torch.logaddexp(-gap, torch.zeros_like(gap)) + center, None, metrics
+
+
+@objective(data="preference", per="pairs", show="accuracy")
+def rm_hinge(chosen_reward, reject_reward, margin=None, *, center_coef=0.0):
+    """max(0, rejected - chosen + margin)."""
+    gap, center, metrics = reward_terms(chosen_reward, reject_reward, margin, center_coef)
+    return torch.relu(-gap) + center, None, metrics
+
+
+@objective(data="preference", per="examples", show="accuracy")
+def rm_plackett_luce(ranked_rewards, rank_mask):
+    """Plackett-Luce likelihood of a ranking: sum over ranks k of logsumexp(reward_k..K) - reward_k; `rm` where K = 2.
+
+    ranked_rewards, rank_mask: (Q, K), best first, the mask True for the first responses of each row.
+    """
+    rewards = torch.where(rank_mask, wide(ranked_rewards), -1e30)  # -inf has no gradient in logcumsumexp
+    rest = rewards.flip(-1).logcumsumexp(-1).flip(-1)
+    both = rank_mask[:, 1:] & rank_mask[:, :-1]
+    accuracy = 0.5 + 0.5 * (rewards[:, :-1] - rewards[:, 1:]).sign()
+    values = torch.where(rank_mask, rest - rewards, 0).sum(-1)
+    return values, rank_mask.any(-1), {"accuracy": (accuracy, both), "reward": (rewards, rank_mask)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Process rewards
+
+
+@objective(data="prm", per="steps", show="accuracy")
+def prm(step_logits, step_labels, step_mask):
+    """Process reward model: two-way cross-entropy at each step's own token, arXiv:2305.20050 (PRMLoss).
+
+    step_logits (S, 2): label 0 (bad step) and label 1 (good step), of a 2-label head or the two reward tokens' logits.
+    step_labels (S,): floats in [0, 1], hard or soft; step_mask (S,): steps that have a label. With
+    d = logit 1 - logit 0: -(p log sigmoid(d) + (1 - p) log sigmoid(-d)). log 2 where the logits are equal. Trained on the
+    whole vocabulary instead it is `lm(logits, label)` at those places, not shifted.
+    """
+    if not step_labels.is_floating_point():
+        raise ValueError(f"step_labels are {step_labels.dtype}; expected floats: integers would cut 0.9 to 0")
+    good = torch.where(step_mask, wide(step_labels), 0)
+    d = difference(step_logits[..., 1], step_logits[..., 0])
+    d = torch.where(step_mask, d, 0)
+    values = -good * F.logsigmoid(d) - (1 - good) * F.logsigmoid(-d)
+    right = 0.5 + 0.5 * d.sign() * (good - 0.5).sign()
+    return values, step_mask, {"accuracy": (right, step_mask), "accuracy/positive": (right, step_mask & (good > 0.5)),
+                               "accuracy/negative": (right, step_mask & (good < 0.5))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Policy gradient. All inputs (R, L); action_mask: the tokens that the policy chose. Log-probs are of the softmax of
+# logits / temperature over the whole vocabulary: log_probs with gradient, old ones the trainer's before the update, rollout
+# ones the sampler's. They start from the same rollouts, whose log-ratio is bounded to ±20 before exp.
+
+REDUCTIONS = {  # name -> (count that the sum is divided by, (R, L) values and mask and a constant -> values and mask)
+    "token": ("tokens", lambda values, mask, most: (values, mask)),  # mean over all tokens
+    "sequence": ("responses", lambda values, mask, most: (sequence_mean(values, mask), mask.any(-1))),  # of sequence means
+    "dr_grpo": ("responses", lambda values, mask, most: (values.sum(-1) / most, mask.any(-1))),  # sum / (R * max_new_tokens)
+}
+CORRECTIONS = {  # name -> (w, its mean over the sequence, low, high) -> weight of a token
+    "tis": lambda w, sequence, low, high: w.clamp(low, high),
+    "icepop": lambda w, sequence, low, high: torch.where((w >= low) & (w <= high), w, 0),
+    "seq-mask-tis": lambda w, sequence, low, high: torch.where((sequence >= low) & (sequence <= high), w, 0),
+}
+per_reduction = lambda reduction: known(REDUCTIONS, reduction, "reduction")[0]
+
+
+def known(names: dict, name: str, what: str):
+    if name not in names:
+        raise ValueError(f"{what} = {name!r}; expected one of {', '.join(map(repr, names))}")
+    return names[name]
+
+
+def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """(R, L), zeros where masked -> (R,)."""
+    return values.sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+def log_difference(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """a - b at action tokens, 0 elsewhere."""
+    return torch.where(mask, difference(a, b), 0)
+
+
+def bounded_exp(x: Tensor) -> Tensor:
+    """exp of a log-ratio of at most 20 either way."""
+    return x.clamp(-20, 20).exp()
+
+
+def sampler_weight(old_log_probs, rollout_log_probs, action_mask, correction, low, high) -> Tensor | float:
+    """(R, L) weights exp(old - rollout), without gradient, that correct for a sampler that is not the trainer."""
+    if not correction:
+        return 1.0
+    correct = known(CORRECTIONS, correction, "correction")
+    if rollout_log_probs is None:
+        raise ValueError(f"correction = {correction!r} needs rollout_log_probs")
+    gap = log_difference(old_log_probs, rollout_log_probs, action_mask).detach()
+    return correct(bounded_exp(gap), bounded_exp(sequence_mean(gap, action_mask))[:, None], low, high)
+
+
+def policy_metrics(ratio, binds, log_probs, old_log_probs, rollout_log_probs, action_mask) -> dict:
+    """Share of the tokens where clipping binds, means of the ratio, of old - new and of rollout - old."""
+    metrics = {"policy/clip_fraction": (binds.to(ratio.dtype), action_mask),
+               "policy/ratio": (ratio.expand(action_mask.shape), action_mask),
+               "policy/approx_kl": (log_difference(old_log_probs, log_probs, action_mask), action_mask)}
+    if rollout_log_probs is None:
+        return metrics
+    return {**metrics, "policy/rollout_kl": (log_difference(rollout_log_probs, old_log_probs, action_mask), action_mask)}
+
+
+def token_reduced(values: Tensor, action_mask: Tensor, reduction: str, max_new_tokens: int = 1) -> tuple[Tensor, Tensor]:
+    """(R, L) losses of tokens -> values and mask as the reduction has them."""
+    values = torch.where(action_mask, values, 0)
+    return known(REDUCTIONS, reduction, "reduction")[1](values, action_mask, max_new_tokens)
+
+
+def clipped_surrogate(ratio, advantages, clip_eps_low, clip_eps_high, dual_clip):
+    """-min(ratio A, clip(ratio) A), where A < 0 at most -dual_clip A; and where clipping binds."""
+    if dual_clip and dual_clip <= 1:
+        raise ValueError(f"dual_clip = {dual_clip}; expected a number above 1, or 0 for none")
+    plain, clipped = ratio * advantages, ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high) * advantages
+    surrogate = torch.min(plain, clipped)
+    if dual_clip:
+        surrogate = torch.where(advantages < 0, torch.max(surrogate, dual_clip * advantages), surrogate)
+    return -surrogate, clipped < plain
+
+
+@objective(data="prompts", per=per_reduction, show="policy/approx_kl")
+def ppo(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=None, *,
+        clip_eps_low=0.2, clip_eps_high=0.2, dual_clip=0.0, reduction="token", max_new_tokens=256,
+        correction="", correction_low=0.5, correction_high=5.0):
+    """Clipped surrogate, arXiv:1707.06347 eq. 7: -min(ratio A, clip(ratio, 1 - eps_low, 1 + eps_high) A) (PolicyLoss). With
+    group advantages it is GRPO's, arXiv:2402.03300; reduction "sequence" is GRPO's mean, "token" DAPO's, "dr_grpo" a constant.
+
+    dual_clip c > 1: where A < 0 the loss is at most -c A, arXiv:1912.09729. correction: weights exp(old - rollout), no gradient,
+    for a sampler that is not the trainer: "tis" clamps them to [correction_low, correction_high], "icepop" drops tokens
+    outside, "seq-mask-tis" drops sequences whose mean lies outside. At ratio 1 the loss is -mean(A).
+    """
+    advantages = torch.where(action_mask, wide(advantages), 0)
+    ratio = bounded_exp(log_difference(log_probs, old_log_probs, action_mask))
+    values, binds = clipped_surrogate(ratio, advantages, clip_eps_low, clip_eps_high, dual_clip)
+    values = values * sampler_weight(old_log_probs, rollout_log_probs, action_mask, correction, correction_low, correction_high)
+    metrics = policy_metrics(ratio, binds, log_probs, old_log_probs, rollout_log_probs, action_mask)
+    return *token_reduced(values, action_mask, reduction, max_new_tokens), metrics
+
+
+@objective(data="prompts", per="responses", show="policy/approx_kl")
+def gspo(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=None, *,
+         clip_eps_low=3e-4, clip_eps_high=4e-4, dual_clip=0.0, correction="", correction_low=0.5, correction_high=5.0):
+    """Group sequence policy optimization, arXiv:2507.18071: `ppo` with exp of the sequence's mean log-ratio for the ratio
+    and a mean over sequences. Its clips are of the order of 3e-4."""
+    advantages = torch.where(action_mask, wide(advantages), 0)
+    ratio = bounded_exp(sequence_mean(log_difference(log_probs, old_log_probs, action_mask), action_mask))[:, None]
+    values, binds = clipped_surrogate(ratio, advantages, clip_eps_low, clip_eps_high, dual_clip)
+    values = values * sampler_weight(old_log_probs, rollout_log_probs, action_mask, correction, correction_low, correction_high)
+    metrics = policy_metrics(ratio, binds, log_probs, old_log_probs, rollout_log_probs, action_mask)
+    return *token_reduced(values, action_mask, "sequence"), metrics
+
+
+@objective(data="prompts", per=per_reduction, show="policy/approx_kl")
+def cispo(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=None, *,
+          clip_eps_high=0.2, reduction="token", max_new_tokens=256, correction="", correction_low=0.5, correction_high=5.0):
+    """CISPO, arXiv:2506.13585: -sg(min(ratio, 1 + eps_high)) A log p: the weight is clipped, no token loses its gradient."""
+    ratio = bounded_exp(log_difference(log_probs, old_log_probs, action_mask)).detach()
+    clipped = ratio.clamp(max=1 + clip_eps_high)
+    values = -clipped * torch.where(action_mask, wide(advantages), 0) * torch.where(action_mask, wide(log_probs), 0)
+    values = values * sampler_weight(old_log_probs, rollout_log_probs, action_mask, correction, correction_low, correction_high)
+    metrics = policy_metrics(ratio, clipped < ratio, log_probs, old_log_probs, rollout_log_probs, action_mask)
+    return *token_reduced(values, action_mask, reduction, max_new_tokens), metrics
+
+
+@objective(data="prompts", per=per_reduction, show="policy/approx_kl")
+def reinforce(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=None, *,
+              reduction="token", max_new_tokens=256, correction="", correction_low=0.5, correction_high=5.0):
+    """REINFORCE: -A log p, for rollouts of the current policy; old_log_probs are read for metrics and correction alone."""
+    ratio = bounded_exp(log_difference(log_probs, old_log_probs, action_mask)).detach()
+    values = -torch.where(action_mask, wide(advantages), 0) * torch.where(action_mask, wide(log_probs), 0)
+    values = values * sampler_weight(old_log_probs, rollout_log_probs, action_mask, correction, correction_low, correction_high)
+    metrics = policy_metrics(ratio, torch.zeros_like(ratio), log_probs, old_log_probs, rollout_log_probs, action_mask)
+    return *token_reduced(values, action_mask, reduction, max_new_tokens), metrics
+
+
+@objective(data="prompts", per=per_reduction, show="policy/approx_kl")
+def sapo(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=None, *,
+         tau_positive=1.0, tau_negative=1.05, reduction="sequence", max_new_tokens=256,
+         correction="", correction_low=0.5, correction_high=5.0):
+    """Soft adaptive policy optimization, arXiv:2511.20347: -(4 / tau) sigmoid(tau (ratio - 1)) A, tau by the sign of A: a soft
+    gate in the place of the clip. At ratio 1 its gradient is that of `ppo`."""
+    advantages = torch.where(action_mask, wide(advantages), 0)
+    ratio = bounded_exp(log_difference(log_probs, old_log_probs, action_mask))
+    tau = torch.full_like(ratio, tau_negative).masked_fill(advantages > 0, tau_positive)
+    values = -4 / tau * (tau * (ratio - 1)).sigmoid() * advantages
+    values = values * sampler_weight(old_log_probs, rollout_log_probs, action_mask, correction, correction_low, correction_high)
+    metrics = policy_metrics(ratio, torch.zeros_like(ratio), log_probs, old_log_probs, rollout_log_probs, action_mask)
+    return *token_reduced(values, action_mask, reduction, max_new_tokens), metrics
+
+
+KL_ESTIMATORS = {  # of KL(policy || reference) from samples of the policy, d = log pi - log pi_ref, within ±20
+    "k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: torch.expm1(-d) + d}
+
+
+def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor, action_mask: Tensor, estimator: str = "k1") -> Tensor:
+    """Per-token estimate of KL(policy || reference), 0 where masked: "k1", "k2" or "k3" of joschu.net/blog/kl-approx."""
+    d = log_difference(log_probs, reference_log_probs, action_mask).clamp(-20, 20)
+    return known(KL_ESTIMATORS, estimator, "estimator")(d)
+
+
+@objective(data="prompts", per=per_reduction)
+def kl(log_probs, reference_log_probs, action_mask, *, estimator="k3", reduction="token", max_new_tokens=256):
+    """KL to the reference as a term of the loss: {"ppo": 1.0, "kl": 0.05}. k2's gradient is that of the KL, k3's is not quite;
+    k1's is 0 in expectation, and refused."""
+    if estimator == "k1":
+        raise ValueError("estimator = 'k1': its gradient is 0 in expectation; k2 or k3 as a loss, k1 in the reward")
+    values = kl_estimate(log_probs, reference_log_probs, action_mask, estimator)
+    metrics = {"kl": (kl_estimate(log_probs, reference_log_probs, action_mask), action_mask)}
+    return *token_reduced(values, action_mask, reduction, max_new_tokens), metrics
+
+
+@objective(data="prompts", per="tokens")
+def entropy_bonus(entropy, action_mask):
+    """Minus the mean entropy of the policy at action tokens: {"ppo": 1.0, "entropy_bonus": 0.01}."""
+    values = torch.where(action_mask, wide(entropy), 0)
+    return -values, action_mask, {"entropy": (values, action_mask)}
+
+
+@objective(data="prompts", per=per_reduction, show="value/loss")
+def value(values, old_values, returns, action_mask, *, value_clip=0.0, reduction="token", max_new_tokens=256):
+    """Half the squared error of the value head, arXiv:1707.06347 eq. 9 (ValueLoss). value_clip > 0: the larger of the errors with
+    and without V clipped to V_old ± value_clip."""
+    values, old_values, returns = (torch.where(action_mask, wide(x), 0) for x in (values, old_values, returns))
+    errors = plain = (values - returns) ** 2
+    if value_clip:
+        errors = torch.max(plain, (old_values + (values - old_values).clamp(-value_clip, value_clip) - returns) ** 2)
+    metrics = {"value/loss": (0.5 * errors, action_mask), "value/clip_fraction": ((errors > plain).to(plain.dtype), action_mask),
+               "value/mean": (values, action_mask)}
+    return *token_reduced(0.5 * errors, action_mask, reduction, max_new_tokens), metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages: from rewards, without gradient. Tokens (R, L), over action tokens alone; groups (G, n): n responses to a prompt.
+
+
+def gae(rewards: Tensor, values: Tensor, action_mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation, arXiv:1506.02438 eq. 16 -> advantages, returns (R, L). Gaps in the mask are skipped."""
+    rewards, values = (torch.where(action_mask, wide(x), 0).detach() for x in (rewards, values))
+    advantage = next_value = torch.zeros_like(values[:, 0])
+    advantages = torch.zeros_like(values)
+    for t in reversed(range(values.shape[1])):
+        here = action_mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = torch.where(here, delta + gamma * lam * advantage, advantage)
+        next_value = torch.where(here, values[:, t], next_value)
+        advantages[:, t] = torch.where(here, advantage, 0)
+    return advantages, advantages + values
+
+
+def discounted(rewards: Tensor, action_mask: Tensor, gamma: float = 1.0) -> Tensor:
+    """Reward to go (R, L): the returns of REINFORCE. `gae` without values and with lam = 1."""
+    return gae(rewards, torch.zeros_like(rewards), action_mask, gamma, 1.0)[0]
+
+
+def rloo(rewards: Tensor) -> Tensor:
+    """(G, n): each reward minus the mean of the others of its group, arXiv:2402.14740."""
+    n = rewards.shape[1]
+    if n < 2:
+        raise ValueError(f"rloo leaves one out of a group and the groups hold {n}")
+    return (wide(rewards) - wide(rewards).sum(1, keepdim=True) / n) * n / (n - 1)
+
+
+def group_norm(rewards: Tensor, eps: float = 1e-6) -> Tensor:
+    """(G, n): GRPO, arXiv:2402.03300: (r - mean) / (std + eps), unbiased std. 0 for a group of one."""
+    centered = group_center(rewards)
+    std = (centered.square().sum(1, keepdim=True) / max(rewards.shape[1] - 1, 1)).sqrt()
+    return centered / (std + eps)
+
+
+def group_center(rewards: Tensor) -> Tensor:
+    """(G, n): Dr. GRPO, arXiv:2503.20783: r - mean of the group. `discounted` and `whiten` make REINFORCE++-baseline of it."""
+    return wide(rewards) - wide(rewards).sum(1, keepdim=True) / rewards.shape[1]
+
+
+def whiten(advantages: Tensor, action_mask: Tensor, sum_ranks: Callable = lambda x: x, eps: float = 1e-8) -> Tensor:
+    """Mean 0 and variance 1 over the action tokens of all ranks (sum_ranks adds a tensor up over them), 0 where masked."""
+    x = torch.where(action_mask, wide(advantages), 0)
+    count, first = sum_ranks(torch.stack([action_mask.sum().to(x.dtype), x.sum()]))
+    centered = torch.where(action_mask, x - first / count.clamp(min=1), 0)
+    variance = sum_ranks(centered.square().sum()) / count.clamp(min=1)
+    return centered * (variance + eps).rsqrt()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,11 +921,11 @@ def head_chunk(vocab_size: int, device: str = "cpu") -> int:
     return max(64, min(1024, 1 << (budget // vocab_size).bit_length() - 1))
 
 
-def _chunk_logps(hidden, weight, target, entropy):
-    """(C, D), (V, D), (C,) -> log-probs of the targets (C,) and entropies (C,) or None."""
+def _chunk_logps(hidden, weight, target, entropy, collision):
+    """(C, D), (V, D), (C,) -> log-probs of the targets (C,) and, or None, entropies (C,) and log sum_v p(v)^2 (C,)."""
     logps = _logits(hidden, weight).log_softmax(-1)
-    picked = logps.gather(1, target[:, None])[:, 0]
-    return picked, -(logps.exp() * logps).sum(-1) if entropy else None
+    return (logps.gather(1, target[:, None])[:, 0], -(logps.exp() * logps).sum(-1) if entropy else None,
+            (2 * logps).logsumexp(-1) if collision else None)
 
 
 def _chunk_grad(hidden, weight, target, grad_logps, grad_entropy):
@@ -213,28 +945,19 @@ def _logits(hidden, weight):
     return hidden @ weight.t()
 
 
-_compiled = {}
-
-
-def _body(function, compiled):
-    if not compiled:
-        return function
-    if function not in _compiled:
-        _compiled[function] = torch.compile(function, fullgraph=True, dynamic=False)
-    return _compiled[function]
-
-
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, entropy, chunk, compiled):
+    def forward(ctx, hidden, weight, target, entropy, collision, chunk, graphs):
         ctx.save_for_backward(hidden, weight, target)
-        ctx.entropy, ctx.chunk, ctx.compiled = entropy, chunk, compiled
+        ctx.entropy, ctx.chunk, ctx.graphs = entropy, chunk, graphs
         with torch.autocast(hidden.device.type, enabled=False):
             h, w = _LinearLogProbs.operands(hidden, weight)
-            body = _body(_chunk_logps, compiled)
-            parts = [body(rows, w, ids, entropy) for rows, ids in zip(h.split(chunk), target.split(chunk))]
-        logps = torch.cat([part[0] for part in parts])
-        return logps, torch.cat([part[1] for part in parts]) if entropy else None
+            body = compiled(_chunk_logps, dynamic=False) if graphs else _chunk_logps
+            parts = [body(rows, w, ids, entropy, collision) for rows, ids in zip(h.split(chunk), target.split(chunk))]
+        logps, entropies, collisions = (None if column[0] is None else torch.cat(column) for column in zip(*parts))
+        if collision:
+            ctx.mark_non_differentiable(collisions)
+        return logps, entropies, collisions
 
     @staticmethod
     def operands(hidden, weight):
@@ -246,10 +969,10 @@ class _LinearLogProbs(torch.autograd.Function):
         return hidden.to(dtype), weight.to(dtype)
 
     @staticmethod
-    def backward(ctx, grad_logps, grad_entropy):
+    def backward(ctx, grad_logps, grad_entropy, _):
         hidden, weight, target = ctx.saved_tensors
         h, w = _LinearLogProbs.operands(hidden, weight)
-        body = _body(_chunk_grad, ctx.compiled)
+        body = compiled(_chunk_grad, dynamic=False) if ctx.graphs else _chunk_grad
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(h) if need_hidden else None
         grad_weight = torch.zeros_like(w, dtype=grad_logps.dtype) if need_weight else None
@@ -264,19 +987,19 @@ class _LinearLogProbs(torch.autograd.Function):
                 grad_weight += torch.mm(grad.t(), h[rows], out_dtype=grad_weight.dtype)
             del grad  # before the next chunk is made
         return (grad_hidden.to(hidden.dtype) if need_hidden else None,
-                grad_weight.to(weight.dtype) if need_weight else None, None, None, None, None)
+                grad_weight.to(weight.dtype) if need_weight else None, None, None, None, None, None)
 
 
 def linear_log_probs(hidden: Tensor, weight: Tensor, target: Tensor, *, temperature: float = 1.0, entropy: bool = False,
-                     chunk: int = 0, compiled: bool = False) -> tuple[Tensor, Tensor | None]:
+                     collision: bool = False, chunk: int = 0, compiled: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """log softmax(hidden @ weight.T / temperature)[target] without ever holding [N, V].
 
-    hidden (N, D), weight (V, D), target (N,) int64 -> log-probs (N,) and, when asked, entropies (N,), in nats, fp32 or
-    wider. Backward makes each chunk's logits again: 8NVD FLOPs instead of 6NVD, and memory for one chunk only.
-    chunk: rows at a time (0: by `head_chunk`). compiled: chunk bodies through torch.compile; N is then best a multiple
-    of chunk.
+    hidden (N, D), weight (V, D), target (N,) int64 -> log-probs (N,) and, when asked, entropies (N,) and the log collision
+    probability log sum_v p(v)^2 (N,) without gradient, in nats, fp32 or wider. Backward makes each chunk's logits again: 8NVD
+    FLOPs instead of 6NVD, and memory for one chunk only. chunk: rows at a time (0: by `head_chunk`). compiled: chunk bodies
+    through torch.compile; N is then best a multiple of chunk.
     """
     if temperature != 1:
         hidden = hidden / temperature
     chunk = chunk or head_chunk(len(weight), hidden.device.type)
-    return _LinearLogProbs.apply(hidden, weight, target, entropy, chunk, compiled)
+    return _LinearLogProbs.apply(hidden, weight, target, entropy, collision, chunk, compiled)

@@ -289,15 +289,17 @@ class Trunk(nn.Module):
         return self.norm(x)
 
 
-def _log_probs(decoder, hidden, batch):
-    """log p of each scored token under the softmax at the place that predicts it, (N,)."""
+def token_head(decoder, hidden, batch, wanted):
+    """log p of each scored token under the softmax at the place that predicts it, and what else is wanted of it, (N,) each."""
     hidden = hidden.index_select(0, batch["predict_from"])
     if hidden.is_cuda and torch.is_autocast_enabled("cuda"):  # the residual stream is fp32; the product need not be
         hidden = hidden.to(torch.get_autocast_dtype("cuda"))
-    return linear_log_probs(hidden, decoder.lm_head.weight, batch["target"], compiled=decoder.compiled)[0]
+    made = linear_log_probs(hidden, decoder.lm_head.weight, batch["target"], entropy="entropy" in wanted,
+                            collision="collision" in wanted, compiled=decoder.compiled)
+    return dict(zip(("log_probs", "entropy", "collision"), made))
 
 
-HEADS = {"log_probs": _log_probs}  # stream that a loss reads -> how the model makes it
+HEADS = dict.fromkeys(("log_probs", "entropy", "collision"), token_head)  # stream that a loss reads -> the head that makes it
 
 
 class Decoder(nn.Module):
@@ -318,7 +320,10 @@ class Decoder(nn.Module):
         def attend(layer, q, k, v):
             return packed_attention(q, k, v, batch, self.shape.windows[layer])
         hidden = self.model(batch["tokens"], batch["positions"], attend)
-        return {name: HEADS[name](self, hidden, batch) for name in outputs}
+        made = {}
+        for head in dict.fromkeys(HEADS[name] for name in outputs):
+            made |= head(self, hidden, batch, outputs)
+        return {name: made[name] for name in outputs}
 
     def compile_blocks(self):
         """Compile in place: parameter names stay clean and every layer shares one graph per half."""

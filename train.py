@@ -48,6 +48,17 @@ class Machine(NamedTuple):
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, tensor) -> list:
+        """The (n,) of every rank, of whatever lengths."""
+        if self.world == 1:
+            return [tensor]
+        sizes = torch.zeros(self.world, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = len(tensor)
+        sizes = self.sum(sizes).tolist()
+        table = tensor.new_zeros(self.world, max(sizes))
+        table[self.rank, :len(tensor)] = tensor
+        return [row[:size] for row, size in zip(self.sum(table), sizes)]
+
     def barrier(self):
         if self.world > 1:
             dist.barrier()
@@ -77,6 +88,11 @@ def train(cfg):
     say = print if machine.rank == 0 else lambda *_: None
     if out.exists() and any(out.iterdir()) and not cfg.resume:
         raise ValueError(f"out_dir {cfg.out_dir} is not empty; go on with --resume, name another --out_dir, or remove it")
+    terms, kind = config.terms(cfg, machine.compiled), config.data_kind(cfg)
+    missing = losses.streams(terms) - model.HEADS.keys() - SOURCES.keys() - losses.RUNNING.keys()
+    if missing or kind not in data.FORMATS.keys() - {"prompts"}:  # prompts alone hold nothing to train
+        raise ValueError(f"objective {'+'.join(cfg.weights)}: a run cannot train it yet, nothing provides "
+                         f"{', '.join(sorted(missing)) or kind + ' rows'}; on tensors it works, see losses.py")
     start_from = run_stage(cfg, machine, say) if cfg.init_from.endswith(".py") else cfg.init_from
     if machine.compiled:
         torch.compiler.reset()  # a stage before this one had shapes of its own
@@ -86,7 +102,6 @@ def train(cfg):
     tokenizer_folder = Path(cfg.tokenizer) if cfg.tokenizer else model.find_folder(start_from)
     tokenizer = data.Tokenizer(tokenizer_folder, cfg.chat_template)
     decoder, saved_dtype = load_model(cfg, machine, start_from, tokenizer)
-    terms, kind = config.terms(cfg, machine.compiled), config.data_kind(cfg)
     datasets = {split: data.load(paths, kind, tokenizer, cfg, machine.rank == 0)
                 for split, paths in (("train", cfg.train_data), ("eval", cfg.eval_data)) if paths}
     for split, dataset in datasets.items():
@@ -103,9 +118,14 @@ def train(cfg):
         losses.head_chunk(decoder.shape.vocab_size, machine.device), machine.device)
 
     # What the losses read: outputs of the model, and columns that a source adds to each step
-    outputs = [name for name in losses.streams(terms) if name in model.HEADS]
+    outputs = sorted(losses.streams(terms) & model.HEADS.keys())
     sources = [SOURCES[name](cfg, machine, datasets, layout, start_from, tokenizer)
-               for name in losses.streams(terms) if name in SOURCES]  # each: split -> what adds the column
+               for name in sorted(losses.streams(terms) & SOURCES.keys())]  # each: split -> what adds the column
+    running = {name: torch.zeros(2, dtype=torch.float64, device=machine.device)  # sum and count of a metric over all steps
+               for name in sorted(losses.streams(terms) & losses.RUNNING.keys())}
+    sources.append(dict.fromkeys(datasets, running_source(running)))
+    if any(term.objective.coupled for term in terms):
+        sources.append(dict.fromkeys(datasets, step_source(decoder, terms, outputs, machine)))
 
     # Optimizer and resume
     decoder.model.checkpointing = cfg.activation_checkpointing
@@ -119,7 +139,7 @@ def train(cfg):
     scaler = torch.amp.GradScaler(machine.device, enabled=machine.dtype == torch.float16)
     per_epoch = data.steps_per_epoch(datasets["train"], cfg.batch_size)
     steps = cfg.max_steps or math.ceil(cfg.epochs * per_epoch)
-    done = resume(out, decoder, optimizer, scaler, machine, say) if cfg.resume else 0
+    done = resume(out, decoder, optimizer, scaler, running, machine, say) if cfg.resume else 0
 
     def evaluate(step: int) -> dict:
         """The eval rows through the training path without gradient, every rank its share, each row once."""
@@ -173,6 +193,8 @@ def train(cfg):
                 loss, metrics = losses.total(terms, streams, batch, counts)
                 scaler.scale(loss * machine.world).backward()  # DDP averages over ranks, the counts are of all of them
             meter.add(loss, metrics)
+        for name in running:
+            running[name] += machine.sum(meter.sums[losses.RUNNING[name]].clone())
         lr = learning_rate(cfg, step - 1, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -198,7 +220,7 @@ def train(cfg):
         if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
             last = evaluate(step)
         if cfg.save_every and step % cfg.save_every == 0:
-            save_checkpoint(out, step, decoder, optimizer, scaler, cfg, machine)
+            save_checkpoint(out, step, decoder, optimizer, scaler, running, cfg, machine)
         begin += time.perf_counter() - pause
     bar.close()
 
@@ -274,6 +296,36 @@ def reference_source(cfg, machine: Machine, datasets: dict, layout, start_from: 
     weights = reference.fingerprint(name, config.as_json(cfg))
     return {split: reference.from_table(reference.precompute(frozen, weights, dataset, layout, precision, machine, cfg.cache_dir))
             for split, dataset in datasets.items()}
+
+
+def running_source(running: dict) -> Callable:
+    """Means over the steps before this one."""
+    def add(batches: list[dict]):
+        means = {name: total / count.clamp(min=1) for name, (total, count) in running.items()}
+        for batch in batches:
+            batch.update(means)
+    return add
+
+
+def step_source(decoder, terms: list, outputs: list[str], machine: Machine) -> Callable:
+    """What coupled losses read of the whole step, by a pass without gradient. Runs after all other sources."""
+    wanted = {name: reading for term in terms if term.objective.coupled for name, reading in term.reads.items()}
+
+    def add(batches: list[dict]):
+        with torch.no_grad(), machine.autocast():
+            mine = [{name: losses.read(reading, available) for name, reading in wanted.items()}
+                    for available in ({**batch, **decoder(batch, outputs)} for batch in batches)]
+        parts = int(machine.sum(torch.tensor(float(len(batches)), device=machine.device)))
+        others = [{} for _ in batches]
+        for name in wanted:
+            own = [readings[name] for readings in mine]
+            ranks = machine.gather(torch.cat(own))
+            for i in range(len(batches)):
+                others[i][name] = (torch.cat([*ranks[:machine.rank], *own[:i], own[0][:0]]),
+                                   torch.cat([*own[i + 1:], *ranks[machine.rank + 1:], own[0][:0]]))
+        for batch, readings in zip(batches, others):
+            batch["step"] = losses.Step(parts, readings)
+    return add
 
 
 SOURCES = {"reference_log_probs": reference_source}  # column that a loss reads -> what adds it to the batches of a step
@@ -362,7 +414,7 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
-def save_checkpoint(out: Path, step: int, decoder, optimizer, scaler, cfg, machine: Machine):
+def save_checkpoint(out: Path, step: int, decoder, optimizer, scaler, running: dict, cfg, machine: Machine):
     """Master weights, optimizer state and what carries between steps. Rows need no state: they are f(seed, step)."""
     if machine.rank == 0:
         def write(folder):
@@ -371,6 +423,7 @@ def save_checkpoint(out: Path, step: int, decoder, optimizer, scaler, cfg, machi
             save_file({f"{n}.{key}": value for n, p in weights.items() for key, value in optimizer.state[p].items()},
                       folder / "optimizer.safetensors")
             write_json(folder / "state.json", {"step": step, "world_size": machine.world, "scaler": scaler.state_dict(),
+                                               "running": {name: pair.tolist() for name, pair in running.items()},
                                                "config": config.as_json(cfg)})
         publish(out / f"checkpoint-{step}", write)
         for old in checkpoints(out)[:-cfg.keep_checkpoints]:
@@ -378,7 +431,7 @@ def save_checkpoint(out: Path, step: int, decoder, optimizer, scaler, cfg, machi
     machine.barrier()
 
 
-def resume(out: Path, decoder, optimizer, scaler, machine: Machine, say: Callable) -> int:
+def resume(out: Path, decoder, optimizer, scaler, running: dict, machine: Machine, say: Callable) -> int:
     """Put the newest checkpoint back; metrics past it are dropped. Returns the steps done."""
     found = checkpoints(out)
     machine.barrier()
@@ -397,6 +450,8 @@ def resume(out: Path, decoder, optimizer, scaler, machine: Machine, say: Callabl
             optimizer.state[parameter] = {key: moments[f"{name}.{key}"].to(machine.device)
                                           for key in ("step", "exp_avg", "exp_avg_sq")}
     state = model.read_json(folder / "state.json")
+    for name, pair in running.items():
+        pair.copy_(torch.tensor(state["running"][name]))
     if scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     return step

@@ -57,7 +57,7 @@ def test_values_of_the_command_line(arguments, key, value):
     (["--zzzzzz=1"], "unknown key 'zzzzzz'. `python"),
     (["--beta=0.1"], r"sft has no hyperparameter 'beta' \(it belongs to dpo, ipo"),
     (["--objective=dpo", "--length_normalized"], r"dpo has no hyperparameter 'length_normalized' \(it belongs to ipo"),
-    (["--objective=dop"], "command line: unknown objective 'dop'. Did you mean 'dpo'? Known: sft, dpo"),
+    (["--objective=dop"], "command line: unknown objective 'dop'. Did you mean 'dpo'? Known: sft, lm, kd, dpo"),
     (["--objective={'dpo': 1, 'sf': 1}"], "unknown objective 'sf'. Did you mean 'sft'?"),
     (["--objective={'dpo': 'x'}"], r"objective\['dpo'\] = 'x' is a str; expected float"),
     (["--objective={'dpo': True}"], r"objective\['dpo'\] = True is a bool; expected float"),
@@ -124,18 +124,38 @@ def test_a_stage_inherits_seed_and_machine_only(tmp_path):
 def test_terms_bind_weights_and_hyperparameters():
     terms = config.terms(load("--objective={'dpo': 2, 'sft': 0.5}", "--beta=0.3"), False)
     assert [(t.objective.name, t.weight, t.hyperparameters) for t in terms] == [
-        ("dpo", 2.0, {"beta": 0.3, "label_smoothing": 0.0}), ("sft", 0.5, {"per_sequence": False})]
+        ("dpo", 2.0, {"beta": 0.3, "label_smoothing": 0.0}), ("sft", 0.5, {"per_sequence": False, "dft": False})]
     assert [t.loss for t in terms] == [OBJECTIVES["dpo"].loss, OBJECTIVES["sft"].loss]
     assert config.data_kind(load("--objective={'dpo': 2, 'sft': 0.5}")) == "preference" and config.data_kind(load()) == "sft"
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--objective=sft", "--reference_free"], ["--objective=simpo", "--reference_free"], ["--objective=orpo", "--f_divergence=js"],
+    ["--objective=aot", "--f_divergence=0.5"], ["--objective=aot_unpaired", "--wpo"], ["--objective=sft", "--ld_alpha=0.5"],
+    ["--objective=kto", "--ld_alpha=0.5"], ["--objective=rm", "--wpo"]])
+def test_an_option_that_no_loss_would_heed_is_refused(arguments):
+    cfg = load(*arguments)
+    name, _, value = arguments[1][2:].partition("=")
+    with pytest.raises(ValueError, match=rf"{name} = '?{value or True}'? changes nothing in {cfg.objective}; leave it out"):
+        config.terms(cfg, False)
+
+
+def test_options_change_the_losses_that_heed_them():
+    dpo, sft = config.terms(load("--objective={'dpo': 1, 'sft': 1}", "--reference_free", "--ld_alpha=0.5", "--wpo", "--f_divergence=js"), False)
+    plain = config.terms(load("--objective=dpo"), False)[0]
+    assert dpo.importance and all(dpo.reads[name] is not plain.reads[name] for name in dpo.reads) and sft.importance is None
+    with pytest.raises(ValueError, match="f_divergence = 'jss'; expected 'forward_kl', 'js' or a number"):
+        config.terms(load("--objective=dpo", "--f_divergence=jss"), False)
 
 
 def test_help_lists_every_key_with_its_default():
     lines = config.help_text().splitlines()
     listed = dict(line.strip().removeprefix("--").split("=", 1) for line in lines if line.startswith("  --"))
     assert {key: ast.literal_eval(value) for key, value in listed.items()} == DEFAULTS
+    words = " ".join(lines).split()
     for o in OBJECTIVES.values():
-        line, = (line for line in lines if line.split()[:1] == [o.name])
-        assert line.split()[1:] == [f"--{key}={value}" for key, value in o.hyperparameters.items()]
+        line = [o.name, *(f"--{key}={value}" for key, value in o.hyperparameters.items())]
+        assert any(words[i:i + len(line)] == line for i in range(len(words))), o.name
     assert max(map(len, lines)) <= 80
     assert all(lines[i + 1].startswith("      ") for i, line in enumerate(lines) if line.startswith("  --"))  # each is explained
 

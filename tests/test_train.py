@@ -11,8 +11,15 @@ from safetensors.torch import load_file
 import config
 import data
 import losses
+import model
 import train
 from conftest import ROOT
+
+TRAINED = [name for name, o in losses.OBJECTIVES.items()  # what a run can train
+           if (o.data or "sft") in ("sft", "preference") and losses.streams([losses.bind(name, 1.0, o.hyperparameters)])
+           <= model.HEADS.keys() | train.SOURCES.keys() | losses.RUNNING.keys()]
+WIRINGS = {(o.data, o.reads, o.coupled): name for name, o in reversed(losses.OBJECTIVES.items()) if name in TRAINED}  # a loss of each
+
 
 SMALL = dict(model_type="llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.15)
@@ -22,7 +29,7 @@ ROWS = {"sft": "tasks/arithmetic/sft_eval.jsonl", "preference": "tasks/arithmeti
 def options(tmp_path, name="dpo", out="run", **changes):
     """The command line of a short run of an objective from a scratch model, without its reference cached elsewhere."""
     given = dict(objective=name, init_from="scratch", scratch=SMALL, tokenizer="tasks/arithmetic", schedule="constant",
-                 train_data=ROWS[losses.OBJECTIVES[name].data], out_dir=tmp_path / out, cache_dir=tmp_path / "cache",
+                 train_data=ROWS.get(losses.OBJECTIVES[name].data, "nowhere"), out_dir=tmp_path / out, cache_dir=tmp_path / "cache",
                  batch_size=26, max_steps=4, lr=1e-2, max_length=64, dtype="float64", save_dtype="float64", device="cpu",
                  compile=False)
     return [f"--{key}={value}" for key, value in {**given, **changes}.items()]
@@ -63,7 +70,7 @@ def test_compiled_with_idle_rank_eval_and_stage_shapes(tmp_path):
     assert lines(tmp_path / "compiled", "eval")[-1]["exact_match"] == lines(tmp_path / "eager", "eval")[-1]["exact_match"]
 
 
-@pytest.mark.parametrize("name, batch_size", [*((name, 26) for name in losses.OBJECTIVES), ("dpo", 1)])
+@pytest.mark.parametrize("name, batch_size", [*((name, 26) for name in WIRINGS.values()), ("dpo", 1), ("aot", 1)])
 def test_micro_batches_and_ranks_do_not_matter(name, batch_size, tmp_path, monkeypatch):
     """float64, 4 AdamW steps: one stream, many small streams, and two ranks of which each has its own number of them
     (with one row a step, the second rank has nothing to do but to take part)."""
@@ -104,7 +111,7 @@ def test_first_gradient_in_fp32(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, compiled, ranks", [
-    *((name, False, ranks) for name in losses.OBJECTIVES for ranks in (1, 2)), ("dpo", True, 1)])
+    ("sft", False, 1), ("dpo", False, 1), ("dpo", False, 2), ("bco_pair", False, 2), ("aot", False, 2), ("dpo", True, 1)])
 def test_resume_is_bitwise(name, compiled, ranks, tmp_path):
     more = dict(dtype="float32", save_dtype="float32", compile=compiled, save_every=2, micro_batch_tokens=128)
     run(options(tmp_path, name, "whole", **more), ranks)
@@ -159,6 +166,44 @@ def test_a_run_writes_what_the_contract_says(tmp_path, monkeypatch):
     assert {t.dtype for t in weights(out / "checkpoint-4").values()} == {torch.float32}
     with pytest.raises(ValueError, match="not empty; go on with --resume"):
         train.train(config.load(options(tmp_path, "dpo")))
+
+
+@pytest.mark.parametrize("name", losses.OBJECTIVES)
+def test_every_objective_trains_or_says_why_not(name, tmp_path, monkeypatch):
+    """Two steps on real rows, eval and metrics included; or one line that names what is missing."""
+    monkeypatch.chdir(ROOT)
+    kind = losses.OBJECTIVES[name].data
+    given = options(tmp_path, name, eval_data=ROWS.get(kind, ""), max_steps=2)
+    if name not in TRAINED:
+        with pytest.raises(ValueError, match=f"objective {name}: a run cannot train it yet"):
+            train.train(config.load(given))
+        return
+    train.train(config.load(given))
+    (before, after), (first, second) = (lines(tmp_path / "run", split) for split in ("eval", "train"))
+    assert None not in {**before, **after, **first, **second}.values() and second["loss"] != first["loss"] and after["loss"] != before["loss"]
+
+
+@pytest.mark.parametrize("option", [dict(reference_free=True), dict(ld_alpha=0.2), dict(f_divergence="js"), dict(f_divergence=0.5), dict(wpo=True)])
+def test_options_train_and_do_not_depend_on_micro_batches(option, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for out, more in (("plain", dict(micro_batch_tokens=4096)), ("large", dict(micro_batch_tokens=4096, **option)), ("small", dict(micro_batch_tokens=128, **option))):
+        train.train(config.load(options(tmp_path, "dpo", out, max_steps=2, **more)))
+    plain, large, small = (weights(tmp_path / out / "model") for out in ("plain", "large", "small"))
+    assert_close(large, small, 1e-9)
+    assert max((plain[n] - large[n]).abs().max().item() for n in plain) > 1e-6
+
+
+def test_the_running_mean_is_of_all_steps_before(tmp_path, monkeypatch):
+    """bco_pair's d, from the logged metrics of each step; a resumed run carries it on (test_resume_is_bitwise)."""
+    monkeypatch.chdir(ROOT)
+    for out, more in (("delta", {}), ("none", dict(delta=False))):
+        train.train(config.load(options(tmp_path, "bco_pair", out, save_every=1, keep_checkpoints=9, **more)))
+    logged = [line["rewards/mean"] for line in lines(tmp_path / "delta")]
+    for step in range(1, 5):
+        total, count = json.loads((tmp_path / "delta" / f"checkpoint-{step}" / "state.json").read_text())["running"]["running_reward"]
+        assert total / count == pytest.approx(sum(logged[:step]) / step, abs=1e-12)
+    assert abs(logged[1]) > 1e-3 and lines(tmp_path / "delta")[1]["loss"] == pytest.approx(lines(tmp_path / "none")[1]["loss"], rel=1e-12)
+    assert lines(tmp_path / "delta")[-1]["loss"] != pytest.approx(lines(tmp_path / "none")[-1]["loss"], rel=1e-6)
 
 
 def test_bad_input_is_one_line(tmp_path):
