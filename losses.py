@@ -327,8 +327,7 @@ def lm(logits, label):
     logits (..., V), label (...,): the token that these logits predict; of a batch of token ids, `next_label(labels)`.
     """
     logits, mask = labelled(logits, label)
-    log_probs = logits.log_softmax(-1).gather(-1, torch.where(mask, label, 0)[..., None])[..., 0]
-    return sft(log_probs, mask)
+    return sft(logits.gather(-1, torch.where(mask, label, 0)[..., None])[..., 0] - logits.logsumexp(-1), mask)
 
 
 @objective(data="sft", per="demonstrated_tokens", show="kl")
@@ -345,18 +344,19 @@ def kd(logits, teacher_logits, label, *, alpha=0.4, temperature=1.0, jsd_beta=0.
     values, mask, metrics = lm(logits, label)
     common = min(logits.shape[-1], teacher_logits.shape[-1])
     student, teacher = ((labelled(x[..., :common], label)[0] / temperature).log_softmax(-1) for x in (logits, teacher_logits))
-    expected = lambda log_p, log_q: (log_p.exp() * log_q.masked_fill(log_q.isneginf(), 0)).sum(-1)
-    kl = lambda log_p, log_q: expected(log_p, log_p) - expected(log_p, log_q)
-    if jsd_beta == 0:
-        distance = -expected(teacher, student)
-    elif jsd_beta == 1:
-        distance = kl(student, teacher)
-    else:
-        floor = lambda log_p: log_p.clamp(min=-1e30)  # -inf has no gradient in logaddexp
+    expected = lambda p, log_q: (p * log_q.masked_fill(log_q.isneginf(), 0)).sum(-1)
+    p = teacher.exp()
+    distance = cross_entropy = -expected(p, student)
+    if jsd_beta == 1:
+        q = student.exp()
+        distance = expected(q, student) - expected(q, teacher)
+    elif jsd_beta:
+        q, floor = student.exp(), lambda log_p: log_p.clamp(min=-1e30)  # -inf has no gradient in logaddexp
         mixture = torch.logaddexp(floor(teacher) + math.log(jsd_beta), floor(student) + math.log1p(-jsd_beta))
-        distance = jsd_beta * kl(teacher, mixture) + (1 - jsd_beta) * kl(student, mixture)
+        distance = (jsd_beta * (expected(p, teacher) - expected(p, mixture))
+                    + (1 - jsd_beta) * (expected(q, student) - expected(q, mixture)))
     values = (1 - alpha) * values + alpha * temperature**2 * torch.where(mask, distance, 0)
-    return values, mask, {**metrics, "kl": (kl(teacher, student), mask)}
+    return values, mask, {**metrics, "kl": (cross_entropy.detach() + expected(p, teacher), mask)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

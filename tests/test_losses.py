@@ -13,50 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import losses
+from bench import DIFFERENTIABLE, reading
 from conftest import ROOT
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Inputs: a tensor for each reading of a loss
 
-DIFFERENTIABLE = {"policy_chosen_logps", "policy_rejected_logps", "log_probs", "entropy", "values", "logits", "step_logits",
-                  "chosen_reward", "reject_reward", "ranked_rewards"}
 REFERENCE_LOSSES = ("sft", "lm", "kd", "dpo", "ipo", "kto", "kto_vanilla", "ppo", "gspo", "value", "rm", "rm_logexp", "prm")
-
-
-def reading(name: str, unpaired: bool, rows: int, longest: int, generator, scale: float = 1.0) -> torch.Tensor:
-    """A random tensor for a parameter of a loss, float64; log-ratios are of the order of `scale` times 1 (tokens) or 10."""
-    normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
-    if unpaired and "rejected" in name:
-        rows = rows + 2  # classes of different sizes
-    if name.endswith("_lengths"):
-        return torch.randint(5, 50, (rows,), generator=generator)
-    if name == "step_mask":
-        return torch.rand(rows, generator=generator) < 0.7
-    if name == "rank_mask":
-        return torch.arange(longest) < torch.randint(1, longest + 1, (rows, 1), generator=generator)
-    if name.endswith("_mask"):
-        return torch.rand(rows, longest, generator=generator) < 0.7
-    if name == "label":
-        label = torch.randint(longest, (rows,), generator=generator)
-        return torch.where(torch.rand(rows, generator=generator) < 0.7, label, -100)
-    if name == "step_labels":
-        return torch.rand(rows, generator=generator, dtype=torch.float64)
-    if name == "running_reward":
-        return torch.tensor(0.3, dtype=torch.float64)
-    if name.endswith("_logps"):
-        return -30 + 8 * scale * normal(rows)
-    if name.endswith("log_probs"):
-        return -2 + 0.3 * scale * normal(rows, longest)
-    if name == "step_logits":
-        return 2 * scale * normal(rows, 2)
-    if name.endswith("_reward") or name == "margin":
-        return 2 * scale * normal(rows)
-    return scale * normal(rows, longest)  # logits, rewards of a ranking, advantages, values, returns, entropy
 
 
 def inputs(name: str, rows: int = 6, longest: int = 9, seed: int = 0, dtype=torch.float64, scale: float = 1.0) -> dict:
     generator, o = torch.Generator().manual_seed(seed), losses.OBJECTIVES[name]
-    made = {read: reading(read, o.data == "kto", rows, longest, generator, scale) for read in o.reads}
+    more = lambda read: 2 if o.data == "kto" and "rejected" in read else 0  # classes of different sizes
+    made = {read: reading(read, rows + more(read), longest, generator, scale) for read in o.reads}
     return {read: (x.to(dtype) if x.is_floating_point() else x).requires_grad_(read in DIFFERENTIABLE) for read, x in made.items()}
 
 

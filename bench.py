@@ -1,0 +1,235 @@
+"""Speed and memory side by side on one machine: `python bench.py losses` and `python bench.py head`, each a Markdown table.
+
+Everything compared runs forward and backward on the same tensors, in turn, and the median of the rounds is shown; peak is
+memory above what was there before. Liger-Kernel and cut-cross-entropy are measured where they are installed.
+"""
+import argparse
+import contextlib
+import ctypes
+import gc
+import importlib
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+import losses
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The clock
+
+
+def sync(device: str):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def resident(key: str) -> float:
+    """MB of this process, of Linux's /proc: VmRSS now, VmHWM at its highest."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+
+def peak(function: Callable, device: str) -> float:
+    """MB that one call takes at its highest, above what was there before (nan where the system does not say)."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the highest so far is now
+        before = resident("VmRSS")
+        function()
+        return max(0.0, resident("VmHWM") - before)
+    return float("nan")
+
+
+def measure(functions: dict[str, Callable], device: str, rounds: int, least: float = 0.002) -> dict[str, tuple]:
+    """name -> (median seconds of a call, peak MB). Functions take turns; a turn lasts at least `least` seconds."""
+    repeats = {}
+    for name, function in functions.items():
+        function()  # compiles
+        sync(device)
+        begin = time.perf_counter()
+        function()
+        sync(device)
+        repeats[name] = max(1, int(least / max(time.perf_counter() - begin, 1e-7)))
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            begin = time.perf_counter()
+            for _ in range(repeats[name]):
+                function()
+            sync(device)
+            times[name].append((time.perf_counter() - begin) / repeats[name])
+    return {name: (statistics.median(times[name]), peak(function, device)) for name, function in functions.items()}
+
+
+def optional(module: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses: each alone, on made-up tensors
+
+DIFFERENTIABLE = {"policy_chosen_logps", "policy_rejected_logps", "log_probs", "entropy", "values", "logits", "step_logits",
+                  "chosen_reward", "reject_reward", "ranked_rewards"}
+
+
+def reading(name: str, rows: int, longest: int, generator, scale: float = 1.0) -> torch.Tensor:
+    """A random tensor for a parameter of a loss, float64 on the host: log-ratios are of the order of scale (tokens) or ten
+    times that (responses). longest: also the vocabulary of logits."""
+    normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+    if name.endswith("_lengths"):
+        return torch.randint(5, 50, (rows,), generator=generator)
+    if name == "step_mask":
+        return torch.rand(rows, generator=generator) < 0.7
+    if name == "rank_mask":
+        return torch.arange(longest) < torch.randint(1, longest + 1, (rows, 1), generator=generator)
+    if name.endswith("_mask"):
+        return torch.rand(rows, longest, generator=generator) < 0.7
+    if name == "label":
+        label = torch.randint(longest, (rows,), generator=generator)
+        return torch.where(torch.rand(rows, generator=generator) < 0.7, label, -100)
+    if name == "step_labels":
+        return torch.rand(rows, generator=generator, dtype=torch.float64)
+    if name == "running_reward":
+        return torch.tensor(0.3, dtype=torch.float64)
+    if name.endswith("_logps"):
+        return -30 + 8 * scale * normal(rows)
+    if name.endswith("log_probs"):
+        return -2 + 0.3 * scale * normal(rows, longest)
+    if name == "step_logits":
+        return 2 * scale * normal(rows, 2)
+    if name.endswith("_reward") or name == "margin":
+        return 2 * scale * normal(rows)
+    return scale * normal(rows, longest)  # logits, rewards of a ranking, advantages, values, returns, entropy
+
+
+def stepping(loss: Callable, given: dict) -> Callable:
+    """One forward and backward of the loss's sum."""
+    leaves = [x for x in given.values() if x.requires_grad]
+
+    def step():
+        result = loss(*given.values())
+        total = losses.reduced(*result[:2])[0] if isinstance(result, tuple) else result
+        return torch.autograd.grad(total, leaves)
+    return step
+
+
+def liger_losses() -> dict[str, Callable]:
+    """Liger's loss functions, which its chunked heads call, with the parameters of ours."""
+    if not (liger := optional("liger_kernel.chunked_loss")):
+        return {}
+    part = lambda name: importlib.import_module(f"liger_kernel.chunked_loss.{name}")
+    dpo = part("dpo_loss").LigerFusedLinearDPOFunction.preference_loss_fn
+    grpo, kto = part("grpo_loss").LigerFusedLinearGRPOFunction.ppo_loss_fn, part("kto_loss").LigerFusedLinearKTOFunction.preference_loss_fn
+    jsd = part("jsd_loss").LigerFusedLinearJSDFunction.distillation_loss_fn
+    pairs = lambda kind, **o: lambda pc, pr, rc, rr, *_: dpo(pc, pr, torch.empty(2 * len(pc)), rc, rr, loss_type=kind, **o)[0]
+
+    def labelled(pc, pr, pk, rc, rr, rk):
+        labels = torch.arange(len(pc) + len(pr), device=pc.device) < len(pc)
+        return kto(torch.cat([pc, pr]), labels, labels, torch.cat([rc, rr]), kl=(pk - rk).mean().clamp(min=0))[0]
+
+    def policy(kind, level="token"):
+        return lambda new, old, advantages, mask, *_: grpo(new, mask.float(), advantages[:, 0], mask.float(), old_per_token_logps=old, beta=0.0,
+                                                           loss_type=kind, importance_sampling_level=level)[0]
+    return {"dpo": pairs("sigmoid"), **{kind: pairs(kind) for kind in ("hinge", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop")},
+            "robust": pairs("robust", label_smoothing=0.1), "exo_pair": pairs("exo_pair", label_smoothing=1e-3), "kto": labelled,
+            "ppo": policy("bnpo"), "gspo": policy("grpo", "sequence"), "sapo": policy("sapo"),
+            "kd": lambda logits, teacher, label: jsd(logits, teacher, beta=0.0, target=label)}
+
+
+def bench_losses(device: str, rounds: int, only: str):
+    print(f"Forward and backward of each loss, {where(device)}: 256 pairs or responses, 1,024 tokens each; lm and kd: 256 tokens of a "
+          f"vocabulary of 32,000; rankings of 8.\n")
+    print("| loss | eager, us | compiled, us | Liger, us | eager, MB | compiled, MB | Liger, MB |\n|---|---|---|---|---|---|---|")
+    liger = liger_losses()
+    for name, o in losses.OBJECTIVES.items():
+        if only and name not in only.split(","):
+            continue
+        longest = 32_000 if "logits" in o.reads else 8 if "ranked_rewards" in o.reads else 1024
+        generator = torch.Generator().manual_seed(0)
+        given = {read: reading(read, 256, longest, generator) for read in o.reads}
+        given = {read: (x.float() if x.is_floating_point() else x).to(device).requires_grad_(read in DIFFERENTIABLE) for read, x in given.items()}
+        functions = {"eager": stepping(o.loss, given), "compiled": stepping(losses.compiled(o.loss), given)}
+        if name in liger:
+            functions["Liger"] = stepping(liger[name], given)
+        found = measure(functions, device, rounds)
+        column = lambda i, unit, form: [form.format(found[which][i] * unit) if which in found else "" for which in ("eager", "compiled", "Liger")]
+        print("|", " | ".join([name, *column(0, 1e6, "{:,.0f}"), *column(1, 1, "{:,.0f}")]), "|", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The head: log-probs of N targets from hidden states, and their gradient
+
+
+def heads(device: str, dtype: torch.dtype) -> dict[str, Callable]:
+    """name -> (hidden, weight, target) -> log-probs (N,)."""
+    naive = lambda h, w, t: (h @ w.t()).float().log_softmax(-1).gather(1, t[:, None])[:, 0]
+    made = {"naive": naive, "naive, compiled": torch.compile(naive),
+            "fused (ours)": lambda h, w, t: losses.linear_log_probs(h, w, t)[0],
+            "fused, compiled (ours)": lambda h, w, t: losses.linear_log_probs(h, w, t, compiled=True)[0]}
+    if hasattr(F, "linear_cross_entropy"):
+        chunked = torch.nn.LinearCrossEntropyOptions()
+        made["F.linear_cross_entropy"] = lambda h, w, t: -F.linear_cross_entropy(h, w, t, reduction="none", options=chunked)
+    if liger := optional("liger_kernel.ops.fused_linear_cross_entropy") if device == "cuda" else None:
+        made["Liger"] = lambda h, w, t: -liger.LigerFusedLinearCrossEntropyFunction.apply(h, w, t, None, None, -100, 0.0, 0.0, "none")[0]
+    if cce := optional("cut_cross_entropy"):
+        impl = "cce" if device == "cuda" else "torch_compile"
+        made[f"cut-cross-entropy ({impl})"] = lambda h, w, t: -cce.linear_cross_entropy(h, w, t, reduction="none", impl=impl)
+    return made
+
+
+def bench_head(device: str, rounds: int, only: str):
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    tokens, width = (16_384, 2048) if device == "cuda" else (2048, 512)
+    print(f"Log-probs of {tokens:,} tokens and their gradient, width {width}, {str(dtype).split('.')[1]}, {where(device)}. Error: of the gradient of "
+          f"the weight, relative to float32.\n")
+    print("| vocabulary | head | seconds | against naive | peak, MB | error |\n|---|---|---|---|---|---|")
+    for vocab in (32_000, 151_936):
+        generator = torch.Generator(device).manual_seed(0)
+        hidden = torch.randn(tokens, width, generator=generator, device=device).to(dtype).requires_grad_(True)
+        weight = (torch.randn(vocab, width, generator=generator, device=device) / width**0.5).to(dtype).requires_grad_(True)
+        target = torch.randint(vocab, (tokens,), generator=generator, device=device)
+        upstream = torch.randn(tokens, generator=generator, device=device)
+
+        def step(head):
+            return torch.autograd.grad((head(hidden, weight, target).float() * upstream).sum(), (hidden, weight))
+        _, exact = torch.autograd.grad((losses.linear_log_probs(hidden.float(), weight.float(), target)[0] * upstream).sum(), (hidden, weight))
+        error, functions = {}, {}
+        for name, head in heads(device, dtype).items():
+            if only and not any(word in name for word in only.split(",")):
+                continue
+            try:
+                error[name] = ((step(head)[1] - exact).norm() / exact.norm()).item()
+                functions[name] = lambda head=head: step(head)
+            except Exception as problem:  # a peer that does not run here: say so and go on
+                print(f"| {vocab:,} | {name} | {type(problem).__name__}: {str(problem).splitlines()[0][:60]} | | | |")
+        found = measure(functions, device, rounds)
+        base = next(iter(found.values()))[0]
+        for name, (seconds, memory) in found.items():
+            print(f"| {vocab:,} | {name} | {seconds:.3g} | {base / seconds:.2f}x | {memory:,.0f} | {error[name]:.1e} |", flush=True)
+
+
+def where(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads, torch {torch.__version__.split('+')[0]}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=("losses", "head"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", default="", help="names, or parts of them, separated by commas")
+    arguments = parser.parse_args()
+    {"losses": bench_losses, "head": bench_head}[arguments.what](arguments.device, arguments.rounds, arguments.only)
