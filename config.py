@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from losses import OBJECTIVES, OPTIONS, Term, bind
+from losses import OBJECTIVES, OPTIONS, Term, bind, streams
 
 
 @dataclass
@@ -86,13 +86,18 @@ CHOICES = {"truncation": ("cut", "drop", "error"), "tokenize": ("joint", "apart"
            "bad_rows": ("error", "skip"), "schedule": ("constant", "linear", "cosine"), "device": ("auto", "cpu", "cuda"),
            "dtype": ("auto", "float32", "bfloat16", "float16", "float64"), "compile": (True, False, "auto"),
            "save_dtype": ("", "float32", "bfloat16", "float16", "float64")}
-AT_LEAST = {"batch_size": 1, "max_length": 2, "log_every": 1, "keep_checkpoints": 1, "max_new_tokens": 1} | dict.fromkeys(
-    ("max_prompt_length", "micro_batch_tokens", "epochs", "max_steps", "lr", "min_lr", "warmup_steps", "weight_decay",
-     "grad_clip", "eval_every", "save_every", "nll_coef", "ld_alpha", "seed"), 0)
+LIMITS = {  # words -> test, keys; of hyperparameters too
+    "at least 0": (lambda x: x >= 0, "max_prompt_length micro_batch_tokens epochs max_steps lr min_lr warmup_steps weight_decay grad_clip "
+                   "eval_every save_every nll_coef ld_alpha seed label_smoothing alpha desirable_weight undesirable_weight "
+                   "center_coef clip_eps_low clip_eps_high dual_clip correction_low correction_high value_clip"),
+    "at least 1": (lambda x: x >= 1, "batch_size log_every keep_checkpoints max_new_tokens"),
+    "at least 2": (lambda x: x >= 2, "max_length"),
+    "above 0": (lambda x: x > 0, "beta temperature tau tau_positive tau_negative"),
+    "between 0 and 1": (lambda x: 0 <= x <= 1, "jsd_beta")}
 TYPES = typing.get_type_hints(Config)
 
 
-def checked(key: str, value, kind, where: str):
+def checked(key: str, value, kind, where: str, limit: str = ""):
     """The value as its declared type, or an error that names the source, the key and what was expected."""
     if value is None and getattr(Config, key, 0) is None:
         return None
@@ -106,8 +111,9 @@ def checked(key: str, value, kind, where: str):
         raise ValueError(f"{where}: {key} = {value!r} is a {type(value).__name__}; expected {names}")
     if key in CHOICES and value not in CHOICES[key]:
         raise ValueError(f"{where}: {key} = {value!r}; expected one of {', '.join(map(repr, CHOICES[key]))}")
-    if key in AT_LEAST and not value >= AT_LEAST[key]:
-        raise ValueError(f"{where}: {key} = {value!r}; expected at least {AT_LEAST[key]}")
+    for words, (test, keys) in LIMITS.items():
+        if (limit or key) in keys.split() and not test(value):
+            raise ValueError(f"{where}: {key} = {value!r}; expected {words}")
     return value
 
 
@@ -168,19 +174,28 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
         if "sft" in weights:
             raise ValueError(f"{source['nll_coef']}: nll_coef adds the sft loss, which the objective already has")
         weights["sft"] = checked("nll_coef", values["nll_coef"], float, source["nll_coef"])
-    hyperparameters = {k: v for name in weights for k, v in OBJECTIVES[name].hyperparameters.items()}
+    hyperparameters = {}  # key -> (loss, hyperparameter) of those it sets: `beta` those of all losses, `simpo_beta` simpo's alone
+    for name in weights:
+        for hyperparameter in OBJECTIVES[name].hyperparameters:
+            for key in (hyperparameter, f"{name}_{hyperparameter}"):
+                hyperparameters.setdefault(key, []).append((name, hyperparameter))
     for key, where in source.items():
         if key in TYPES:
             values[key] = checked(key, values[key], TYPES[key], where)
         elif key in hyperparameters:
-            values[key] = checked(key, values[key], type(hyperparameters[key]), where)
+            defaults = [OBJECTIVES[name].hyperparameters[hyperparameter] for name, hyperparameter in hyperparameters[key]]
+            if any(default != defaults[0] for default in defaults):
+                raise ValueError(f"{where}: {key} is not the same thing in {' and '.join(weights)}; set "
+                                 f"{' and '.join('_'.join(pair) for pair in hyperparameters[key])} apart")
+            values[key] = checked(key, values[key], type(defaults[0]), where, hyperparameters[key][0][1])
         else:
             owners = [o.name for o in OBJECTIVES.values() if key in o.hyperparameters]
             if owners:
                 raise ValueError(f"{where}: {'+'.join(weights)} has no hyperparameter {key!r} (it belongs to {', '.join(owners)})")
             raise ValueError(f"{where}: unknown key {key!r}.{suggestion(key, [*TYPES, *hyperparameters])} "
                              f"`python train.py --help` lists every key")
-    bound = {name: {k: values.get(k, default) for k, default in OBJECTIVES[name].hyperparameters.items()} for name in weights}
+    bound = {name: {k: values.get(f"{name}_{k}", values.get(k, default)) for k, default in OBJECTIVES[name].hyperparameters.items()}
+             for name in weights}
     return types.SimpleNamespace(**values, weights=weights, bound=bound)
 
 
@@ -207,9 +222,14 @@ def terms(cfg: types.SimpleNamespace, compiled: bool) -> list[Term]:
         if (value := getattr(cfg, name)) == getattr(Config, name):
             continue
         changed = [option(term, value) if term.objective.data == "preference" else term for term in made]
-        if all(new is old for new, old in zip(changed, made)):
-            raise ValueError(f"{name} = {value!r} changes nothing in {'+'.join(cfg.weights)}; leave it out")
+        same = [term.objective.name for term, new in zip(made, changed) if new is term]
+        ignoring = [loss for loss in same if OBJECTIVES[loss].data == "preference"] or same * (len(same) == len(made))
+        if ignoring:
+            raise ValueError(f"{name} = {value!r} changes nothing in {'+'.join(ignoring)}; leave it out")
         made = changed
+    for key in ("reference", "reference_live"):
+        if getattr(cfg, key) and "reference_log_probs" not in streams(made):
+            raise ValueError(f"{key} = {getattr(cfg, key)!r}: {'+'.join(cfg.weights)} reads no reference; leave it out")
     return made
 
 
@@ -230,7 +250,8 @@ def digest(cfg: types.SimpleNamespace) -> str:
     evaluated, logged and saved."""
     apart = {"out_dir", "resume", "log_every", "save_every", "keep_checkpoints", "cache_dir", "activation_checkpointing",
              "eval_data", "eval_prompts", "eval_every", "check", "max_new_tokens"}
-    apart |= {"objective", "nll_coef", *(key for given in cfg.bound.values() for key in given)}  # in weights and bound
+    apart |= {"objective", "nll_coef"}  # in weights and bound, and so is
+    apart |= {key for name, given in cfg.bound.items() for k in given for key in (k, f"{name}_{k}")}
     kept = {key: value for key, value in as_json(cfg).items() if key not in apart}
     if cfg.init_from.endswith(".py"):
         kept["init_from"] = digest(load_stage(cfg.init_from, cfg))

@@ -77,7 +77,9 @@ def bind(name: str, weight: float, hyperparameters: dict, compile: bool = False)
 
 @functools.cache
 def compiled(function: Callable, dynamic: bool = True) -> Callable:
-    """The function as one graph that serves every batch shape (sizes 0 and 1 are graphs of their own)."""
+    """The function as one graph that serves batches of any size: sizes of 0 and 1, sizes that are equal, and calls without
+    gradient are graphs of their own, of which a loss of several tensors has more than torch allows by default."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(function, fullgraph=True, dynamic=dynamic)
 
 
@@ -119,7 +121,8 @@ def total(terms: list[Term], outputs: dict, batch: dict, counts: dict) -> tuple[
         loss = loss + term.weight / max(counts[term.per], 1) * share
         if len(terms) > 1:
             metrics[f"loss/{term.objective.name}"] = (share, count / parts)
-        metrics.update({name: tuple(x / parts for x in reduced(*pair)) for name, pair in more.items()})
+        for name, pair in more.items():  # of several losses with a metric of one name, the first one's has it
+            metrics[f"{term.objective.name}/{name}" if name in metrics else name] = tuple(x / parts for x in reduced(*pair))
     return loss, {name: (s.detach(), n.detach()) for name, (s, n) in metrics.items()}
 
 
@@ -156,7 +159,7 @@ def summed(name: str, side: str) -> Reading:
     return Reading((name,), lambda batch, stream: by_response(batch, stream).sum(-1)[batch[side]])  # (P,)
 
 
-def side(name: str, side: str) -> Reading:
+def score(name: str, side: str) -> Reading:
     return Reading((name,), lambda batch, stream: stream[batch[side]])  # (P,)
 
 
@@ -174,13 +177,13 @@ READINGS = {
     "policy_KL_logps": column("policy_KL_logps"),  # mismatched responses of the whole step, no gradient
     "reference_KL_logps": column("reference_KL_logps"),
     "running_reward": column("running_reward"),  # () as RUNNING says
-    "chosen_reward": side("reward", "chosen"),
-    "reject_reward": side("reward", "rejected"),
+    "chosen_reward": score("reward", "chosen"),
+    "reject_reward": score("reward", "rejected"),
     **{name: column(name) for name in ("margin", "ranked_rewards", "rank_mask", "step_logits", "step_labels", "step_mask",
                                        "logits", "teacher_logits", "label")},
 }
 REPORTED = {"policy_chosen_logps": "logps/chosen", "policy_rejected_logps": "logps/rejected"}  # readings that are metrics too
-RUNNING = {"running_reward": "rewards/mean"}  # reading -> metric whose mean over all steps before this one it is
+RUNNING = {"running_reward": "rewards/mean"}  # reading -> metric: its mean over all earlier steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,7 +200,8 @@ def reference_free(term: Term, value: bool) -> Term:
 
 
 def ld_alpha(term: Term, value: float) -> Term:
-    """LD-DPO, arXiv:2409.06411: tokens past the length of the pair's shorter response count `value`."""
+    """LD-DPO, arXiv:2409.06411: tokens past the length of the pair's shorter response count `value`, in every sum of
+    log-probs that the loss reads (so in the NLL inside of orpo and cpo too)."""
     def desensitized(name):
         def how(batch, stream):
             shorter = torch.minimum(batch["lengths"][batch["chosen"]], batch["lengths"][batch["rejected"]])
@@ -212,7 +216,8 @@ def ld_alpha(term: Term, value: float) -> Term:
 
 def divergence(log_ratio: Tensor, kind: str | float) -> Tensor:
     """f'(pi / pi_ref) of the log-ratio, arXiv:2309.16240 table 1: what takes its place in DPO under another divergence.
-    kind: "forward_kl", "js", or the alpha of the alpha-divergence (1, the reverse KL, leaves it as it is)."""
+    kind: "forward_kl", "js", or alpha: (e^((alpha - 1) x) - 1) / (alpha - 1). 1, the reverse KL, leaves x as it is; the paper
+    counts alpha from the other end (1 minus this one)."""
     if kind == "forward_kl":
         return -torch.expm1((-log_ratio).clamp(max=80))
     if kind == "js":
@@ -223,23 +228,26 @@ def divergence(log_ratio: Tensor, kind: str | float) -> Tensor:
 
 
 def f_divergence(term: Term, value: str | float) -> Term:
-    """Log-ratios are replaced by f' of the divergence (`divergence`)."""
+    """Log-ratios are replaced by f' of the divergence (`divergence`), within ±1e18: a loss may square them."""
     divergence(torch.zeros(()), value)
     if term.objective.coupled or not {"reference_chosen_logps", "reference_rejected_logps"} <= term.reads.keys():
         return term  # aot sorts differences of log-probs that are no log-ratios
     changed = {}
     for which in ("chosen", "rejected"):
         policy, reference = term.reads[f"policy_{which}_logps"], term.reads[f"reference_{which}_logps"]
+        if policy.streams == reference.streams:
+            raise ValueError(f"f_divergence = {value!r} is of the policy and its reference, which reference_free leaves out")
         changed[f"policy_{which}_logps"] = Reading(
-            tuple(dict.fromkeys(policy.streams + reference.streams)),
-            lambda batch, *_, p=policy, r=reference: divergence(difference(read(p, batch), read(r, batch)), value))
+            policy.streams + reference.streams,
+            lambda batch, *_, of=(policy, reference): divergence(
+                difference(read(of[0], batch), read(of[1], batch)), value).clamp(-1e18, 1e18))
     term = term._replace(reads={**term.reads, **changed})
     return reference_free(term, True)
 
 
 def wpo(term: Term, value: bool) -> Term:
-    """WPO, arXiv:2406.11827 eq. 2 with sampled alignment: each pair weighs exp of the two responses' mean of log p minus
-    log sum_v p(v)^2, no gradient."""
+    """WPO, arXiv:2406.11827 eq. 2 with sampled alignment: the value of each pair weighs exp of the two responses' mean of log p
+    minus log sum_v p(v)^2, no gradient and no bound."""
     def weights(batch, log_probs, collision):
         gap = by_response(batch, log_probs - collision).detach().sum(-1) / batch["lengths"].clamp(min=1)
         return (gap[batch["chosen"]] + gap[batch["rejected"]]).exp()
@@ -259,16 +267,34 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def difference(a: Tensor, b: Tensor) -> Tensor:
-    """a - b in fp32 or wider, of tensors of one shape: a (P, 1) among (P,) would broadcast to (P, P)."""
+def same_shape(a: Tensor, b: Tensor):
+    """A (P, 1) among (P,) would broadcast to (P, P), and the loss would be that of other pairs."""
     if a.shape != b.shape:
         raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} differ")
+
+
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    """a - b in fp32 or wider."""
+    same_shape(a, b)
     return wide(a) - wide(b)
 
 
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """x in fp32 or wider, 0 where masked whatever is there, NaN included."""
+    same_shape(x, mask)
+    return torch.where(mask, wide(x), 0)
+
+
 def log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
-    """log pi / pi_ref of the chosen and of the rejected responses."""
+    """log pi / pi_ref of the chosen and of the rejected responses, (P,) each."""
+    same_shape(policy_chosen_logps, policy_rejected_logps)
     return difference(policy_chosen_logps, reference_chosen_logps), difference(policy_rejected_logps, reference_rejected_logps)
+
+
+def per_token(logps: Tensor, lengths: Tensor) -> Tensor:
+    """Sums over responses -> means over their tokens."""
+    same_shape(logps, lengths)
+    return wide(logps) / lengths.clamp(min=1)
 
 
 def average(x: Tensor) -> Tensor:
@@ -300,7 +326,7 @@ def sft(log_probs, demonstration_mask, *, per_sequence=False, dft=False):
     dft: each token weighs its own probability, arXiv:2508.05629. Of preference pairs it imitates the chosen
     response, so {"dpo": 1.0, "sft": 0.2} adds an NLL term to DPO.
     """
-    nll = torch.where(demonstration_mask, -wide(log_probs), 0)
+    nll = -masked(log_probs, demonstration_mask)
     metrics = {"nll": (nll, demonstration_mask)}
     if dft:
         nll = (-nll).exp().detach() * nll
@@ -316,6 +342,7 @@ def next_label(labels: Tensor) -> Tensor:
 
 def labelled(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """(..., V), (...,) -> logits in fp32 with zeros where the label is -100, and the mask of the others."""
+    same_shape(logits[..., 0], label)
     mask = label != -100
     return torch.where(mask[..., None], wide(logits), 0), mask
 
@@ -338,7 +365,7 @@ def kd(logits, teacher_logits, label, *, alpha=0.4, temperature=1.0, jsd_beta=0.
     of a batch of token ids, `next_label(labels)`. Of vocabularies padded to other sizes the common part is compared. D is,
     by jsd_beta: 0: cross-entropy -sum_v p_T log p_S (KDLoss; KL(T||S) up to a constant); 1: KL(S||T); between: generalized
     JSD, arXiv:2306.13649. Metric kl is KL(T||S), 0 at student = teacher. A token banned by a logit of -inf on one side is
-    left out of the divergence.
+    left out of the divergence. Logits are taken whole: for long batches call it on slices and add the sums.
     """
     logits, teacher_logits = wide(logits), wide(teacher_logits)
     values, mask, metrics = lm(logits, label)
@@ -378,13 +405,13 @@ def ipo(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, refe
         chosen_lengths=None, rejected_lengths=None, *, beta=0.1, length_normalized=False):
     """Identity preference optimization, arXiv:2310.12036 eq. 17: (c - r - 1/(2 beta))^2, a regression of the difference.
 
-    length_normalized divides each log-ratio by its response's length (what the authors do in later work, and TRL). At
-    policy = reference the loss is 1/(4 beta^2).
+    length_normalized divides each log-ratio by its response's length (what the authors do in later work, and TRL); the
+    rewards that are reported are beta times the sums either way. At policy = reference the loss is 1/(4 beta^2).
     """
     c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     metrics = preference_metrics(beta * c, beta * r)
     if length_normalized:
-        c, r = c / chosen_lengths.clamp(min=1), r / rejected_lengths.clamp(min=1)
+        c, r = per_token(c, chosen_lengths), per_token(r, rejected_lengths)
     return (c - r - 1 / (2 * beta)) ** 2, None, metrics
 
 
@@ -435,7 +462,8 @@ def bco_pair(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
              running_reward=None, *, beta=0.1, delta=True):
     """Binary classifier optimization of pairs, arXiv:2404.04656: -log sigmoid(beta c - d) - log sigmoid(d - beta r).
 
-    d: running_reward, (), the mean of beta c and beta r over all steps so far; delta=False: 0. 2 log 2 at the start.
+    d: running_reward, (), the mean of beta c and beta r over all earlier steps (the paper's is the mean of the two classes'
+    means, the same for pairs); delta=False: 0. 2 log 2 at the start.
     """
     c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     d = running_reward if delta and running_reward is not None else 0
@@ -506,26 +534,24 @@ def sigmoid_norm(policy_chosen_logps, policy_rejected_logps, reference_chosen_lo
                  chosen_lengths, rejected_lengths, *, beta=0.1):
     """Length-normalised DPO, arXiv:2411.15124: -log sigmoid(beta (c / n_c - r / n_r)). log 2 at the start."""
     c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
-    c, r = c / chosen_lengths.clamp(min=1), r / rejected_lengths.clamp(min=1)
+    c, r = per_token(c, chosen_lengths), per_token(r, rejected_lengths)
     return smoothed(beta * (c - r), 0), None, preference_metrics(beta * c, beta * r)
 
 
 @objective(data="preference", per="pairs", show="rewards/accuracies")
 def simpo(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths, *, beta=2.0, gamma=1.0):
     """Simple preference optimization, arXiv:2405.14734 eq. 6: -log sigmoid(beta (pc / n_c - pr / n_r) - gamma). No reference."""
-    chosen = wide(policy_chosen_logps) / chosen_lengths.clamp(min=1)
-    rejected = wide(policy_rejected_logps) / rejected_lengths.clamp(min=1)
-    return smoothed(beta * (chosen - rejected) - gamma, 0), None, preference_metrics(beta * chosen, beta * rejected)
+    chosen, rejected = per_token(policy_chosen_logps, chosen_lengths), per_token(policy_rejected_logps, rejected_lengths)
+    return smoothed(beta * difference(chosen, rejected) - gamma, 0), None, preference_metrics(beta * chosen, beta * rejected)
 
 
 @objective(data="preference", per="pairs", show="rewards/accuracies")
 def orpo(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths, *, beta=0.1):
     """Odds ratio preference optimization, arXiv:2403.07691 eq. 6: -m_c - beta log sigmoid(log odds(m_c) - log odds(m_r)), m the
     mean log-prob of a response's tokens, odds(m) = e^m / (1 - e^m). beta is the paper's lambda. No reference."""
-    chosen = wide(policy_chosen_logps) / chosen_lengths.clamp(min=1)
-    rejected = wide(policy_rejected_logps) / rejected_lengths.clamp(min=1)
+    chosen, rejected = per_token(policy_chosen_logps, chosen_lengths), per_token(policy_rejected_logps, rejected_lengths)
     log_odds = lambda m: m - (-torch.expm1(m.clamp(max=-torch.finfo(m.dtype).eps))).log()
-    values = beta * smoothed(log_odds(chosen) - log_odds(rejected), 0) - chosen
+    values = beta * smoothed(difference(log_odds(chosen), log_odds(rejected)), 0) - chosen
     return values, None, {**preference_metrics(beta * chosen, beta * rejected), "nll": (-chosen, None)}
 
 
@@ -533,10 +559,10 @@ def orpo(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_le
 def cpo(policy_chosen_logps, policy_rejected_logps, chosen_lengths, *, beta=0.1, alpha=1.0):
     """Contrastive preference optimization, arXiv:2401.08417: -log sigmoid(beta (pc - pr)) + alpha NLL(chosen), the latter the mean
     of the response's tokens. No reference."""
-    chosen, rejected = wide(policy_chosen_logps), wide(policy_rejected_logps)
-    nll = -chosen / chosen_lengths.clamp(min=1)
-    metrics = preference_metrics(beta * chosen, beta * rejected)
-    return smoothed(beta * (chosen - rejected), 0) + alpha * nll, None, {**metrics, "nll": (nll, None)}
+    nll = -per_token(policy_chosen_logps, chosen_lengths)
+    values = smoothed(beta * difference(policy_chosen_logps, policy_rejected_logps), 0) + alpha * nll
+    metrics = preference_metrics(beta * wide(policy_chosen_logps), beta * wide(policy_rejected_logps))
+    return values, None, {**metrics, "nll": (nll, None)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -558,7 +584,7 @@ def kto(policy_chosen_logps, policy_rejected_logps, policy_KL_logps,
     z0: mean log-ratio of the KL rows, clamped at 0, no gradient. policy_KL_logps, reference_KL_logps: (m,), prompts with
     responses of other prompts, of the whole step. At policy = reference the loss is w_i / 2.
     """
-    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    c, r = difference(policy_chosen_logps, reference_chosen_logps), difference(policy_rejected_logps, reference_rejected_logps)
     z0 = average(difference(policy_KL_logps, reference_KL_logps).detach()).clamp(min=0)
     values = torch.cat([desirable_weight * (beta * (z0 - c)).sigmoid(), undesirable_weight * (beta * (r - z0)).sigmoid()])
     return values, None, {**label_metrics(beta * c, beta * r), "kl": (z0[None], None)}
@@ -571,7 +597,7 @@ def kto_vanilla(policy_chosen_logps, policy_rejected_logps, reference_chosen_log
 
     detach_kl=False lets gradient through the baselines, as the reference implementation does. 1/2 at the start.
     """
-    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    c, r = difference(policy_chosen_logps, reference_chosen_logps), difference(policy_rejected_logps, reference_rejected_logps)
     c_kl, r_kl = average(c.detach() if detach_kl else c).clamp(min=0), average(r.detach() if detach_kl else r).clamp(min=0)
     values = torch.cat([(beta * (r_kl - c)).sigmoid(), (beta * (r - c_kl)).sigmoid()])
     return values, None, {**label_metrics(beta * c, beta * r), "kl": (torch.stack([c_kl, r_kl]), None)}
@@ -581,7 +607,7 @@ def kto_vanilla(policy_chosen_logps, policy_rejected_logps, reference_chosen_log
 def apo_zero_unpaired(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *, beta=0.1):
     """`apo_zero` without pairs, arXiv:2408.06266: 1 - sigmoid(beta c) for desirable responses, sigmoid(beta r) for the others.
     1/2 at the start."""
-    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    c, r = difference(policy_chosen_logps, reference_chosen_logps), difference(policy_rejected_logps, reference_rejected_logps)
     return torch.cat([(-beta * c).sigmoid(), (beta * r).sigmoid()]), None, label_metrics(beta * c, beta * r)
 
 
@@ -589,8 +615,9 @@ def apo_zero_unpaired(policy_chosen_logps, policy_rejected_logps, reference_chos
 def bco(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
         running_reward=None, *, beta=0.1):
     """Binary classifier optimization, arXiv:2404.04656: -log sigmoid(beta c - d) for desirable responses, -log sigmoid(d - beta r)
-    for the others. d: running_reward, (), the mean of both over all steps so far. log 2 at the start."""
-    c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    for the others. d: running_reward, (), the mean reward of all responses of earlier steps (the paper's is the mean of the two
+    classes' means). log 2 at the start."""
+    c, r = difference(policy_chosen_logps, reference_chosen_logps), difference(policy_rejected_logps, reference_rejected_logps)
     d = 0 if running_reward is None else running_reward
     values = -F.logsigmoid(torch.cat([beta * c - d, d - beta * r]))
     return values, None, {**label_metrics(beta * c, beta * r), "rewards/mean": (beta * torch.cat([c, r]), None)}
@@ -638,6 +665,7 @@ def rm_plackett_luce(ranked_rewards, rank_mask):
 
     ranked_rewards, rank_mask: (Q, K), best first, the mask True for the first responses of each row.
     """
+    same_shape(ranked_rewards, rank_mask)
     rewards = torch.where(rank_mask, wide(ranked_rewards), -1e30)  # -inf has no gradient in logcumsumexp
     rest = rewards.flip(-1).logcumsumexp(-1).flip(-1)
     both = rank_mask[:, 1:] & rank_mask[:, :-1]
@@ -661,9 +689,8 @@ def prm(step_logits, step_labels, step_mask):
     """
     if not step_labels.is_floating_point():
         raise ValueError(f"step_labels are {step_labels.dtype}; expected floats: integers would cut 0.9 to 0")
-    good = torch.where(step_mask, wide(step_labels), 0)
-    d = difference(step_logits[..., 1], step_logits[..., 0])
-    d = torch.where(step_mask, d, 0)
+    good = masked(step_labels, step_mask)
+    d = masked(difference(step_logits[..., 1], step_logits[..., 0]), step_mask)
     values = -good * F.logsigmoid(d) - (1 - good) * F.logsigmoid(-d)
     right = 0.5 + 0.5 * d.sign() * (good - 0.5).sign()
     return values, step_mask, {"accuracy": (right, step_mask), "accuracy/positive": (right, step_mask & (good > 0.5)),
@@ -685,13 +712,17 @@ CORRECTIONS = {  # name -> (w, its mean over the sequence, low, high) -> weight 
     "icepop": lambda w, sequence, low, high: torch.where((w >= low) & (w <= high), w, 0),
     "seq-mask-tis": lambda w, sequence, low, high: torch.where((sequence >= low) & (sequence <= high), w, 0),
 }
-per_reduction = lambda reduction: known(REDUCTIONS, reduction, "reduction")[0]
 
 
 def known(names: dict, name: str, what: str):
     if name not in names:
         raise ValueError(f"{what} = {name!r}; expected one of {', '.join(map(repr, names))}")
     return names[name]
+
+
+def per_reduction(reduction: str) -> str:
+    """Key of the step's counts that a sum under this reduction is divided by."""
+    return known(REDUCTIONS, reduction, "reduction")[0]
 
 
 def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -701,12 +732,18 @@ def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def log_difference(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     """a - b at action tokens, 0 elsewhere."""
-    return torch.where(mask, difference(a, b), 0)
+    return masked(difference(a, b), mask)
 
 
 def bounded_exp(x: Tensor) -> Tensor:
     """exp of a log-ratio of at most 20 either way."""
     return x.clamp(-20, 20).exp()
+
+
+def token_reduced(values: Tensor, action_mask: Tensor, reduction: str, max_new_tokens: int = 1) -> tuple[Tensor, Tensor]:
+    """(R, L) losses of tokens -> values and mask as the reduction has them."""
+    values = torch.where(action_mask, values, 0)
+    return known(REDUCTIONS, reduction, "reduction")[1](values, action_mask, max_new_tokens)
 
 
 def sampler_weight(old_log_probs, rollout_log_probs, action_mask, correction, low, high) -> Tensor | float:
@@ -730,10 +767,11 @@ def policy_metrics(ratio, binds, log_probs, old_log_probs, rollout_log_probs, ac
     return {**metrics, "policy/rollout_kl": (log_difference(rollout_log_probs, old_log_probs, action_mask), action_mask)}
 
 
-def token_reduced(values: Tensor, action_mask: Tensor, reduction: str, max_new_tokens: int = 1) -> tuple[Tensor, Tensor]:
-    """(R, L) losses of tokens -> values and mask as the reduction has them."""
-    values = torch.where(action_mask, values, 0)
-    return known(REDUCTIONS, reduction, "reduction")[1](values, action_mask, max_new_tokens)
+def finished(values, ratio, binds, rollouts, reduction, max_new_tokens, correction, low, high) -> tuple[Tensor, Tensor, dict]:
+    """(R, L) losses of tokens -> what a policy loss returns: corrected for the sampler, reduced, with metrics."""
+    log_probs, old_log_probs, rollout_log_probs, action_mask = rollouts
+    values = values * sampler_weight(old_log_probs, rollout_log_probs, action_mask, correction, low, high)
+    return *token_reduced(values, action_mask, reduction, max_new_tokens), policy_metrics(ratio, binds, *rollouts)
 
 
 def clipped_surrogate(ratio, advantages, clip_eps_low, clip_eps_high, dual_clip):
@@ -758,12 +796,11 @@ def ppo(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=Non
     for a sampler that is not the trainer: "tis" clamps them to [correction_low, correction_high], "icepop" drops tokens
     outside, "seq-mask-tis" drops sequences whose mean lies outside. At ratio 1 the loss is -mean(A).
     """
-    advantages = torch.where(action_mask, wide(advantages), 0)
+    advantages = masked(advantages, action_mask)
     ratio = bounded_exp(log_difference(log_probs, old_log_probs, action_mask))
     values, binds = clipped_surrogate(ratio, advantages, clip_eps_low, clip_eps_high, dual_clip)
-    values = values * sampler_weight(old_log_probs, rollout_log_probs, action_mask, correction, correction_low, correction_high)
-    metrics = policy_metrics(ratio, binds, log_probs, old_log_probs, rollout_log_probs, action_mask)
-    return *token_reduced(values, action_mask, reduction, max_new_tokens), metrics
+    return finished(values, ratio, binds, (log_probs, old_log_probs, rollout_log_probs, action_mask),
+                    reduction, max_new_tokens, correction, correction_low, correction_high)
 
 
 @objective(data="prompts", per="responses", show="policy/approx_kl")
@@ -771,12 +808,11 @@ def gspo(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=No
          clip_eps_low=3e-4, clip_eps_high=4e-4, dual_clip=0.0, correction="", correction_low=0.5, correction_high=5.0):
     """Group sequence policy optimization, arXiv:2507.18071: `ppo` with exp of the sequence's mean log-ratio for the ratio
     and a mean over sequences. Its clips are of the order of 3e-4."""
-    advantages = torch.where(action_mask, wide(advantages), 0)
+    advantages = masked(advantages, action_mask)
     ratio = bounded_exp(sequence_mean(log_difference(log_probs, old_log_probs, action_mask), action_mask))[:, None]
     values, binds = clipped_surrogate(ratio, advantages, clip_eps_low, clip_eps_high, dual_clip)
-    values = values * sampler_weight(old_log_probs, rollout_log_probs, action_mask, correction, correction_low, correction_high)
-    metrics = policy_metrics(ratio, binds, log_probs, old_log_probs, rollout_log_probs, action_mask)
-    return *token_reduced(values, action_mask, "sequence"), metrics
+    return finished(values, ratio, binds, (log_probs, old_log_probs, rollout_log_probs, action_mask),
+                    "sequence", 1, correction, correction_low, correction_high)
 
 
 @objective(data="prompts", per=per_reduction, show="policy/approx_kl")
@@ -785,10 +821,9 @@ def cispo(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=N
     """CISPO, arXiv:2506.13585: -sg(min(ratio, 1 + eps_high)) A log p: the weight is clipped, no token loses its gradient."""
     ratio = bounded_exp(log_difference(log_probs, old_log_probs, action_mask)).detach()
     clipped = ratio.clamp(max=1 + clip_eps_high)
-    values = -clipped * torch.where(action_mask, wide(advantages), 0) * torch.where(action_mask, wide(log_probs), 0)
-    values = values * sampler_weight(old_log_probs, rollout_log_probs, action_mask, correction, correction_low, correction_high)
-    metrics = policy_metrics(ratio, clipped < ratio, log_probs, old_log_probs, rollout_log_probs, action_mask)
-    return *token_reduced(values, action_mask, reduction, max_new_tokens), metrics
+    values = -clipped * masked(advantages, action_mask) * masked(log_probs, action_mask)
+    return finished(values, ratio, clipped < ratio, (log_probs, old_log_probs, rollout_log_probs, action_mask),
+                    reduction, max_new_tokens, correction, correction_low, correction_high)
 
 
 @objective(data="prompts", per=per_reduction, show="policy/approx_kl")
@@ -796,10 +831,9 @@ def reinforce(log_probs, old_log_probs, advantages, action_mask, rollout_log_pro
               reduction="token", max_new_tokens=256, correction="", correction_low=0.5, correction_high=5.0):
     """REINFORCE: -A log p, for rollouts of the current policy; old_log_probs are read for metrics and correction alone."""
     ratio = bounded_exp(log_difference(log_probs, old_log_probs, action_mask)).detach()
-    values = -torch.where(action_mask, wide(advantages), 0) * torch.where(action_mask, wide(log_probs), 0)
-    values = values * sampler_weight(old_log_probs, rollout_log_probs, action_mask, correction, correction_low, correction_high)
-    metrics = policy_metrics(ratio, torch.zeros_like(ratio), log_probs, old_log_probs, rollout_log_probs, action_mask)
-    return *token_reduced(values, action_mask, reduction, max_new_tokens), metrics
+    values = -masked(advantages, action_mask) * masked(log_probs, action_mask)
+    return finished(values, ratio, torch.zeros_like(ratio), (log_probs, old_log_probs, rollout_log_probs, action_mask),
+                    reduction, max_new_tokens, correction, correction_low, correction_high)
 
 
 @objective(data="prompts", per=per_reduction, show="policy/approx_kl")
@@ -808,13 +842,12 @@ def sapo(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=No
          correction="", correction_low=0.5, correction_high=5.0):
     """Soft adaptive policy optimization, arXiv:2511.20347: -(4 / tau) sigmoid(tau (ratio - 1)) A, tau by the sign of A: a soft
     gate in the place of the clip. At ratio 1 its gradient is that of `ppo`."""
-    advantages = torch.where(action_mask, wide(advantages), 0)
+    advantages = masked(advantages, action_mask)
     ratio = bounded_exp(log_difference(log_probs, old_log_probs, action_mask))
     tau = torch.full_like(ratio, tau_negative).masked_fill(advantages > 0, tau_positive)
     values = -4 / tau * (tau * (ratio - 1)).sigmoid() * advantages
-    values = values * sampler_weight(old_log_probs, rollout_log_probs, action_mask, correction, correction_low, correction_high)
-    metrics = policy_metrics(ratio, torch.zeros_like(ratio), log_probs, old_log_probs, rollout_log_probs, action_mask)
-    return *token_reduced(values, action_mask, reduction, max_new_tokens), metrics
+    return finished(values, ratio, torch.zeros_like(ratio), (log_probs, old_log_probs, rollout_log_probs, action_mask),
+                    reduction, max_new_tokens, correction, correction_low, correction_high)
 
 
 KL_ESTIMATORS = {  # of KL(policy || reference) from samples of the policy, d = log pi - log pi_ref, within ±20
@@ -841,7 +874,7 @@ def kl(log_probs, reference_log_probs, action_mask, *, estimator="k3", reduction
 @objective(data="prompts", per="tokens")
 def entropy_bonus(entropy, action_mask):
     """Minus the mean entropy of the policy at action tokens: {"ppo": 1.0, "entropy_bonus": 0.01}."""
-    values = torch.where(action_mask, wide(entropy), 0)
+    values = masked(entropy, action_mask)
     return -values, action_mask, {"entropy": (values, action_mask)}
 
 
@@ -849,7 +882,7 @@ def entropy_bonus(entropy, action_mask):
 def value(values, old_values, returns, action_mask, *, value_clip=0.0, reduction="token", max_new_tokens=256):
     """Half the squared error of the value head, arXiv:1707.06347 eq. 9 (ValueLoss). value_clip > 0: the larger of the errors with
     and without V clipped to V_old ± value_clip."""
-    values, old_values, returns = (torch.where(action_mask, wide(x), 0) for x in (values, old_values, returns))
+    values, old_values, returns = (masked(x, action_mask) for x in (values, old_values, returns))
     errors = plain = (values - returns) ** 2
     if value_clip:
         errors = torch.max(plain, (old_values + (values - old_values).clamp(-value_clip, value_clip) - returns) ** 2)
@@ -864,7 +897,7 @@ def value(values, old_values, returns, action_mask, *, value_clip=0.0, reduction
 
 def gae(rewards: Tensor, values: Tensor, action_mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation, arXiv:1506.02438 eq. 16 -> advantages, returns (R, L). Gaps in the mask are skipped."""
-    rewards, values = (torch.where(action_mask, wide(x), 0).detach() for x in (rewards, values))
+    rewards, values = (masked(x, action_mask).detach() for x in (rewards, values))
     advantage = next_value = torch.zeros_like(values[:, 0])
     advantages = torch.zeros_like(values)
     for t in reversed(range(values.shape[1])):
@@ -886,7 +919,7 @@ def rloo(rewards: Tensor) -> Tensor:
     n = rewards.shape[1]
     if n < 2:
         raise ValueError(f"rloo leaves one out of a group and the groups hold {n}")
-    return (wide(rewards) - wide(rewards).sum(1, keepdim=True) / n) * n / (n - 1)
+    return group_center(rewards) * (n / (n - 1))
 
 
 def group_norm(rewards: Tensor, eps: float = 1e-6) -> Tensor:
@@ -897,13 +930,15 @@ def group_norm(rewards: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def group_center(rewards: Tensor) -> Tensor:
-    """(G, n): Dr. GRPO, arXiv:2503.20783: r - mean of the group. `discounted` and `whiten` make REINFORCE++-baseline of it."""
-    return wide(rewards) - wide(rewards).sum(1, keepdim=True) / rewards.shape[1]
+    """(G, n): Dr. GRPO, arXiv:2503.20783: r - mean of the group; of equal rewards exactly 0. `discounted` and `whiten` make
+    REINFORCE++-baseline of it."""
+    gap = wide(rewards) - wide(rewards[:, :1])
+    return gap - gap.sum(1, keepdim=True) / rewards.shape[1]
 
 
 def whiten(advantages: Tensor, action_mask: Tensor, sum_ranks: Callable = lambda x: x, eps: float = 1e-8) -> Tensor:
     """Mean 0 and variance 1 over the action tokens of all ranks (sum_ranks adds a tensor up over them), 0 where masked."""
-    x = torch.where(action_mask, wide(advantages), 0)
+    x = masked(advantages, action_mask)
     count, first = sum_ranks(torch.stack([action_mask.sum().to(x.dtype), x.sum()]))
     centered = torch.where(action_mask, x - first / count.clamp(min=1), 0)
     variance = sum_ranks(centered.square().sum()) / count.clamp(min=1)
@@ -921,39 +956,43 @@ def head_chunk(vocab_size: int, device: str = "cpu") -> int:
     return max(64, min(1024, 1 << (budget // vocab_size).bit_length() - 1))
 
 
-def _chunk_logps(hidden, weight, target, entropy, collision):
+def _chunk_logps(hidden, weight, target, temperature, entropy, collision):
     """(C, D), (V, D), (C,) -> log-probs of the targets (C,) and, or None, entropies (C,) and log sum_v p(v)^2 (C,)."""
-    logps = _logits(hidden, weight).log_softmax(-1)
+    logps = _logits(hidden, weight, temperature).log_softmax(-1)
     return (logps.gather(1, target[:, None])[:, 0], -(logps.exp() * logps).sum(-1) if entropy else None,
             (2 * logps).logsumexp(-1) if collision else None)
 
 
-def _chunk_grad(hidden, weight, target, grad_logps, grad_entropy):
-    """d loss / d logits (C, V): g (onehot - p) for the log-probs, -h p (log p + H) for the entropies."""
+def _chunk_grad(hidden, weight, target, temperature, grad_logps, grad_entropy):
+    """d loss / d (hidden @ weight.T) (C, V): at temperature 1, g (onehot - p) for the log-probs, -h p (log p + H) for the entropies."""
+    if temperature != 1:
+        grad_logps, grad_entropy = grad_logps / temperature, None if grad_entropy is None else grad_entropy / temperature
     if grad_entropy is None:
-        grad = _logits(hidden, weight).softmax(-1).mul_(-grad_logps[:, None])
+        grad = _logits(hidden, weight, temperature).softmax(-1).mul_(-grad_logps[:, None])
     else:
-        logps = _logits(hidden, weight).log_softmax(-1)
+        logps = _logits(hidden, weight, temperature).log_softmax(-1)
         p = logps.exp()
         grad = -p * (grad_logps[:, None] + grad_entropy[:, None] * (logps - (p * logps).sum(-1, keepdim=True)))
     return grad.scatter_add_(1, target[:, None], grad_logps[:, None])
 
 
-def _logits(hidden, weight):
+def _logits(hidden, weight, temperature):
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)  # rounding logits to bf16 costs 0.03 nat a token
-    return hidden @ weight.t()
+        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)  # rounding logits to bf16 costs 0.03 nat a token
+    else:
+        logits = hidden @ weight.t()
+    return logits if temperature == 1 else logits / temperature
 
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, entropy, collision, chunk, graphs):
+    def forward(ctx, hidden, weight, target, temperature, entropy, collision, chunk, graphs):
         ctx.save_for_backward(hidden, weight, target)
-        ctx.entropy, ctx.chunk, ctx.graphs = entropy, chunk, graphs
+        ctx.temperature, ctx.entropy, ctx.chunk, ctx.graphs = temperature, entropy, chunk, graphs
         with torch.autocast(hidden.device.type, enabled=False):
             h, w = _LinearLogProbs.operands(hidden, weight)
             body = compiled(_chunk_logps, dynamic=False) if graphs else _chunk_logps
-            parts = [body(rows, w, ids, entropy, collision) for rows, ids in zip(h.split(chunk), target.split(chunk))]
+            parts = [body(rows, w, ids, temperature, entropy, collision) for rows, ids in zip(h.split(chunk), target.split(chunk))]
         logps, entropies, collisions = (None if column[0] is None else torch.cat(column) for column in zip(*parts))
         if collision:
             ctx.mark_non_differentiable(collisions)
@@ -978,7 +1017,8 @@ class _LinearLogProbs(torch.autograd.Function):
         grad_weight = torch.zeros_like(w, dtype=grad_logps.dtype) if need_weight else None
         for start in range(0, len(h), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            grad = body(h[rows], w, target[rows], grad_logps[rows], grad_entropy[rows] if ctx.entropy else None).to(h.dtype)
+            grad = body(h[rows], w, target[rows], ctx.temperature, grad_logps[rows], grad_entropy[rows] if ctx.entropy else None)
+            grad = grad.to(h.dtype)
             if need_hidden:
                 torch.mm(grad, w, out=grad_hidden[rows])
             if need_weight and grad.dtype == grad_weight.dtype:
@@ -987,11 +1027,12 @@ class _LinearLogProbs(torch.autograd.Function):
                 grad_weight += torch.mm(grad.t(), h[rows], out_dtype=grad_weight.dtype)
             del grad  # before the next chunk is made
         return (grad_hidden.to(hidden.dtype) if need_hidden else None,
-                grad_weight.to(weight.dtype) if need_weight else None, None, None, None, None, None)
+                grad_weight.to(weight.dtype) if need_weight else None, *[None] * 6)
 
 
 def linear_log_probs(hidden: Tensor, weight: Tensor, target: Tensor, *, temperature: float = 1.0, entropy: bool = False,
-                     collision: bool = False, chunk: int = 0, compiled: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
+                     collision: bool = False, chunk: int = 0, compiled: bool = False
+                     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """log softmax(hidden @ weight.T / temperature)[target] without ever holding [N, V].
 
     hidden (N, D), weight (V, D), target (N,) int64 -> log-probs (N,) and, when asked, entropies (N,) and the log collision
@@ -999,7 +1040,5 @@ def linear_log_probs(hidden: Tensor, weight: Tensor, target: Tensor, *, temperat
     FLOPs instead of 6NVD, and memory for one chunk only. chunk: rows at a time (0: by `head_chunk`). compiled: chunk bodies
     through torch.compile; N is then best a multiple of chunk.
     """
-    if temperature != 1:
-        hidden = hidden / temperature
     chunk = chunk or head_chunk(len(weight), hidden.device.type)
-    return _LinearLogProbs.apply(hidden, weight, target, entropy, collision, chunk, compiled)
+    return _LinearLogProbs.apply(hidden, weight, target, temperature, entropy, collision, chunk, compiled)

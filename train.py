@@ -194,7 +194,8 @@ def train(cfg):
                 scaler.scale(loss * machine.world).backward()  # DDP averages over ranks, the counts are of all of them
             meter.add(loss, metrics)
         for name in running:
-            running[name] += machine.sum(meter.sums[losses.RUNNING[name]].clone())
+            added = machine.sum(meter.sums[losses.RUNNING[name]].clone())
+            running[name] += torch.where(added.isfinite().all(), added, 0)  # one bad step would spoil all later ones
         lr = learning_rate(cfg, step - 1, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -299,7 +300,7 @@ def reference_source(cfg, machine: Machine, datasets: dict, layout, start_from: 
 
 
 def running_source(running: dict) -> Callable:
-    """Means over the steps before this one."""
+    """Means over all earlier steps."""
     def add(batches: list[dict]):
         means = {name: total / count.clamp(min=1) for name, (total, count) in running.items()}
         for batch in batches:
@@ -308,10 +309,15 @@ def running_source(running: dict) -> Callable:
 
 
 def step_source(decoder, terms: list, outputs: list[str], machine: Machine) -> Callable:
-    """What coupled losses read of the whole step, by a pass without gradient. Runs after all other sources."""
+    """What coupled losses read of the whole step, by a pass without gradient. Runs after all other sources. (An eval couples
+    the rows of each piece of data.in_order; alone in its step, a micro-batch needs no pass.)"""
     wanted = {name: reading for term in terms if term.objective.coupled for name, reading in term.reads.items()}
 
     def add(batches: list[dict]):
+        if machine.world == len(batches) == 1:
+            nothing = torch.empty(0, device=machine.device)
+            batches[0]["step"] = losses.Step(1, dict.fromkeys(wanted, (nothing, nothing)))
+            return
         with torch.no_grad(), machine.autocast():
             mine = [{name: losses.read(reading, available) for name, reading in wanted.items()}
                     for available in ({**batch, **decoder(batch, outputs)} for batch in batches)]
@@ -451,7 +457,9 @@ def resume(out: Path, decoder, optimizer, scaler, running: dict, machine: Machin
                                           for key in ("step", "exp_avg", "exp_avg_sq")}
     state = model.read_json(folder / "state.json")
     for name, pair in running.items():
-        pair.copy_(torch.tensor(state["running"][name]))
+        if name not in state.get("running", {}):
+            raise ValueError(f"{folder / 'state.json'}: {name} is missing; another objective was trained there, name another --out_dir")
+        pair.copy_(torch.tensor(state["running"][name], dtype=pair.dtype))
     if scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     return step

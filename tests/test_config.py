@@ -80,6 +80,8 @@ def test_values_of_the_command_line(arguments, key, value):
     (["--truncation=cutt"], "truncation = 'cutt'; expected one of 'cut', 'drop', 'error'"),
     (["--compile=maybe"], "compile = 'maybe'; expected one of True, False, 'auto'"),
     (["--batch_size=0"], "batch_size = 0; expected at least 1"), (["--lr=-1e-6"], "lr = -1e-06; expected at least 0"),
+    (["--objective=dpo", "--beta=0"], "beta = 0.0; expected above 0"), (["--objective=dpo", "--label_smoothing=-0.1"], "label_smoothing = -0.1; expected at least 0"),
+    (["--objective=kd", "--jsd_beta=1.5"], "jsd_beta = 1.5; expected between 0 and 1"), (["--max_length=1"], "max_length = 1; expected at least 2"),
     (["--lr=-1"], "lr = -1.*; expected at least 0"), (["--lr=1e999", "--lr=-1e999"], "lr = -inf; expected at least 0"),
     (["--out_dir"], "out_dir"), (["--out_dir", "--resume"], "out_dir"),
     (["lr=1"], "'lr=1' was not expected here"), (["--"], "'--' was not expected here"),
@@ -132,16 +134,39 @@ def test_terms_bind_weights_and_hyperparameters():
 @pytest.mark.parametrize("arguments", [
     ["--objective=sft", "--reference_free"], ["--objective=simpo", "--reference_free"], ["--objective=orpo", "--f_divergence=js"],
     ["--objective=aot", "--f_divergence=0.5"], ["--objective=aot_unpaired", "--wpo"], ["--objective=sft", "--ld_alpha=0.5"],
-    ["--objective=kto", "--ld_alpha=0.5"], ["--objective=rm", "--wpo"]])
-def test_an_option_that_no_loss_would_heed_is_refused(arguments):
+    ["--objective=kto", "--ld_alpha=0.5"], ["--objective=rm", "--wpo"], ["--objective={'dpo': 1.0, 'aot': 1.0}", "--wpo"]])
+def test_an_option_that_a_loss_would_not_heed_is_refused(arguments):
     cfg = load(*arguments)
     name, _, value = arguments[1][2:].partition("=")
-    with pytest.raises(ValueError, match=rf"{name} = '?{value or True}'? changes nothing in {cfg.objective}; leave it out"):
+    with pytest.raises(ValueError, match=rf"{name} = '?{value or True}'? changes nothing in {list(cfg.weights)[-1]}; leave it out"):
         config.terms(cfg, False)
 
 
+@pytest.mark.parametrize("arguments, message", [
+    (["--objective=simpo", "--reference=x"], "reference = 'x': simpo reads no reference"),
+    (["--objective=sft", "--reference_live"], "reference_live = True: sft reads no reference"),
+    (["--objective=dpo", "--reference_free", "--reference=x"], "reference = 'x': dpo reads no reference"),
+    (["--objective=dpo", "--reference_free", "--f_divergence=js"], "f_divergence = 'js' is of the policy and its reference, which reference_free leaves")])
+def test_a_reference_that_nothing_reads_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        config.terms(load(*arguments), False)
+
+
+def test_hyperparameters_that_several_losses_have():
+    """One key sets them all where it means the same; where their defaults differ each is set by its own name."""
+    two = "--objective={'dpo': 1, 'ipo': 1}"
+    assert load(two, "--beta=0.3").bound == {"dpo": dict(beta=0.3, label_smoothing=0.0), "ipo": dict(beta=0.3, length_normalized=False)}
+    assert [given["beta"] for given in load(two, "--beta=0.3", "--ipo_beta=0.2").bound.values()] == [0.3, 0.2]
+    assert [given["beta"] for given in load("--objective={'dpo': 1, 'simpo': 1}").bound.values()] == [0.1, 2.0]
+    refused("beta is not the same thing in dpo and simpo; set dpo_beta and simpo_beta apart", "--objective={'dpo': 1, 'simpo': 1}", "--beta=0.3")
+    refused("simpo_beta = -1.0; expected above 0", "--objective={'dpo': 1, 'simpo': 1}", "--simpo_beta=-1")
+    refused("unknown key 'simpo_beta'", "--objective=dpo", "--simpo_beta=1")
+    assert config.digest(load(two, "--beta=0.3")) == config.digest(load(two, "--dpo_beta=0.3", "--ipo_beta=0.3"))
+    assert config.digest(load(two, "--beta=0.3")) != config.digest(load(two, "--beta=0.3", "--ipo_beta=0.2"))
+
+
 def test_options_change_the_losses_that_heed_them():
-    dpo, sft = config.terms(load("--objective={'dpo': 1, 'sft': 1}", "--reference_free", "--ld_alpha=0.5", "--wpo", "--f_divergence=js"), False)
+    dpo, sft = config.terms(load("--objective={'dpo': 1, 'sft': 1}", "--ld_alpha=0.5", "--wpo", "--f_divergence=js"), False)
     plain = config.terms(load("--objective=dpo"), False)[0]
     assert dpo.importance and all(dpo.reads[name] is not plain.reads[name] for name in dpo.reads) and sft.importance is None
     with pytest.raises(ValueError, match="f_divergence = 'jss'; expected 'forward_kl', 'js' or a number"):

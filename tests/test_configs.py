@@ -1,5 +1,8 @@
 """Every config in configs/ runs, and the demo does what its docstring says."""
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -40,3 +43,22 @@ def test_the_demo_learns(tmp_path):
     before, *_, after = (line["exact_match"] for line in lines(tmp_path / "out" / "dpo", "eval"))
     assert after >= before + 0.10
     assert f"exact_match {before:.4g} -> {after:.4g}" in printed
+
+
+def test_the_loss_in_the_readme_trains(tmp_path):
+    """README's box, as it stands: a function at the end of losses.py, a config, and no other change."""
+    box = re.search(r"```python\n# losses.py\n(.+?)\n# configs/focal.py\n(.+?)```", (ROOT / "README.md").read_text(), re.S)
+    assert sum(map(bool, box[1].splitlines() + box[2].splitlines())) <= 12
+    for file in ROOT.glob("*.py"):
+        (tmp_path / file.name).write_text(file.read_text())
+    for folder in ("configs", "tasks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    with open(tmp_path / "losses.py", "a") as file:
+        file.write("\n\n" + box[1])
+    (tmp_path / "configs" / "focal.py").write_text(box[2])
+    done = subprocess.run([sys.executable, "train.py", "--config=configs/focal.py", "--focus=2.0", "--init_from=scratch", f"--scratch={SMALL}",
+                           "--tokenizer=tasks/arithmetic", "--max_steps=2", "--eval_prompts=", "--device=cpu", f"--cache_dir={tmp_path}/cache"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in open(tmp_path / "out/focal/metrics.jsonl")]
+    assert {"loss/focal", "rewards/accuracies", "logps/chosen"} <= lines[1].keys() and lines[1]["loss/focal"] == pytest.approx(0.25 * 0.693147, rel=1e-4)

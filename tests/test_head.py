@@ -16,7 +16,7 @@ def naive(hidden, weight, target, temperature):
 
 @pytest.mark.parametrize("rows, chunk, temperature, compiled", [
     (1, 64, 1.0, False), (64, 64, 1.0, False), (200, 64, 1.0, False), (200, 0, 1.0, False), (200, 64, 0.7, False),
-    (128, 64, 1.0, True)])
+    (128, 64, 1.0, True), (128, 64, 0.7, True)])
 def test_fused_equals_naive(rows, chunk, temperature, compiled):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, 24, generator=generator).requires_grad_(True)
@@ -40,14 +40,15 @@ def test_fused_gradcheck_and_frozen_head():
     assert torch.autograd.gradcheck(lambda h: function(h, weight.detach()), (hidden,))
 
 
-def test_fused_in_bf16_keeps_fp32_log_probs():
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_fused_in_bf16_keeps_fp32_log_probs(temperature):
     """bf16 hidden states against a float64 computation on the same rounded values: the log-probs are fp32-exact."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(128, 64, generator=generator).bfloat16().requires_grad_(True)
     weight = (torch.randn(1000, 64, generator=generator) * 0.3).requires_grad_(True)
     target = torch.randint(1000, (128,), generator=generator)
-    logps = losses.linear_log_probs(hidden, weight, target)[0]
-    exact = naive(hidden.double(), weight.double(), target, 1.0)[0]
+    logps = losses.linear_log_probs(hidden, weight, target, temperature=temperature)[0]
+    exact = naive(hidden.double(), weight.double(), target, temperature)[0]
     assert logps.dtype == torch.float32 and (logps - exact).abs().max() < 1e-4
     found, expected = (torch.autograd.grad(x.sum(), (hidden, weight)) for x in (logps, exact))
     assert (found[0] - expected[0]).norm() < 5e-3 * expected[0].norm()  # rounded to bf16 once

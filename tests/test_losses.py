@@ -3,6 +3,7 @@
 `CASES` holds the restatements; a loss that is registered and has none fails here. They are plain: log(1 / (1 + exp(-x))),
 one row or one token at a time, and take their gradient from autograd in float64.
 """
+import functools
 import math
 import subprocess
 import sys
@@ -455,6 +456,26 @@ def test_the_compiled_version_is_made_once():
     assert losses.compiled(losses.dpo) is losses.compiled(losses.dpo)
 
 
+@pytest.mark.parametrize("name", losses.OBJECTIVES)
+def test_the_compiled_version_takes_every_size(name, monkeypatch):
+    """No rows, one row, classes of one size, tokens as many as rows, with and without gradient, fp16 and fp32: graphs of their
+    own, and never an error about too many of them."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    function, compiled = losses.OBJECTIVES[name].loss, losses.compiled.__wrapped__(losses.OBJECTIVES[name].loss)
+    for rows, longest, dtype in [(r, n, torch.float32) for r in (0, 1, 2, 5) for n in (1, 2, 5, 7)] + [(4, 6, torch.float16)]:
+        given = inputs(name, rows, longest, dtype=dtype)
+        if losses.OBJECTIVES[name].data == "kto":
+            for k, x in given.items():  # the undesirable ones: 0, 1, as many as the others, two more
+                if "rejected" in k:
+                    given[k] = x.detach()[:{1: 0, 2: 1, 5: rows}.get(longest)].requires_grad_(x.requires_grad)
+        values, grads = evaluate(compiled, given)
+        expected, slopes = evaluate(function, given)
+        assert torch.equal(values, expected) and all(torch.equal(a, b) for a, b in zip(grads, slopes))
+        with torch.no_grad():
+            assert torch.equal(compiled(*given.values())[0], function(*given.values())[0])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Extremes
 
@@ -472,7 +493,7 @@ def at_the_edge(name: str, rows: int, seed: int, magnitude: float) -> dict:
 
 @pytest.mark.parametrize("name, options", [case.values[:2] for case in CASES])
 def test_finite_at_log_ratios_of_ten_thousand(name, options):
-    """And the gradient is not lost where the loss is large: a wrong pair still learns."""
+    """Value and gradient."""
     for seed in range(5):
         values, grads = evaluate(losses.OBJECTIVES[name].loss, at_the_edge(name, 8, seed, 1e4), **options)
         assert values.isfinite().all() and all(g.isfinite().all() for g in grads)
@@ -480,6 +501,7 @@ def test_finite_at_log_ratios_of_ten_thousand(name, options):
 
 @pytest.mark.parametrize("name", ["dpo", "robust", "bco_pair", "aot", "discopop", "sppo_hard", "ipo", "hinge", "cpo", "rm", "rm_logexp", "prm"])
 def test_a_pair_that_is_very_wrong_has_a_gradient(name):
+    """The gradient is not lost where the loss is large."""
     given = inputs(name, rows=2, dtype=torch.float32)
     wrong, right = {"rm": ("chosen_reward", "reject_reward"), "rm_logexp": ("chosen_reward", "reject_reward"),
                     "prm": ("step_logits", None)}.get(name, ("policy_chosen_logps", "policy_rejected_logps"))
@@ -576,6 +598,10 @@ def test_inputs_without_meaning_are_refused():
             r"reduction = 'mean'; expected one of 'token'": lambda: losses.ppo(token, token, token, mask, reduction="mean"),
             r"estimator = 'k1': its gradient is 0": lambda: losses.kl(token, token, mask, estimator="k1"),
             r"estimator = 'k4'; expected one of 'k1'": lambda: losses.kl(token, token, mask, estimator="k4"),
+            r"shapes \(3, 1\) and \(3, 2\) differ": lambda: losses.ppo(token, token, token[:, :1], mask),
+            r"shapes \(3,\) and \(2,\) differ": lambda: losses.dpo(x, x[:2], x, x[:2]),
+            r"shapes \(3,\) and \(1,\) differ": lambda: losses.simpo(x, x, x[:1].long(), x.long()),
+            r"shapes \(3,\) and \(3, 2\) differ": lambda: losses.lm(torch.zeros(3, 5), token.long()),
             r"the groups hold 1": lambda: losses.rloo(torch.zeros(3, 1))}.items():
         with pytest.raises(ValueError, match=expected):
             call()
@@ -708,9 +734,40 @@ def test_wpo_weighs_pairs_by_the_policy():
 
 
 def test_options_combine():
-    """LD-DPO's sums, without a reference, under a divergence, weighed."""
-    loss, *_ = run_term("hinge", ("reference_free", True), ("ld_alpha", 0.0), ("f_divergence", "js"), ("wpo", True))
-    assert math.isfinite(loss) and loss != run_term("hinge", ("ld_alpha", 0.0), ("f_divergence", "js"), ("wpo", True))[0]
+    """LD-DPO's sums, under a divergence, weighed: by hand."""
+    loss, _, rows = run_term("hinge", ("ld_alpha", 0.3), ("f_divergence", "js"), ("wpo", True))
+    batch, outputs, _ = preference_batch()
+    gaps = [(a - b).mean().item() for a, b in zip(outputs["log_probs"].split(batch["lengths"].tolist()), outputs["collision"].split(batch["lengths"].tolist()))]
+    f, expected = lambda x: math.log(2 / (1 + math.exp(-x))), 0
+    for i in range(3):
+        (c, rc), (r, rr) = rows[2 * i], rows[2 * i + 1]
+        n = min(len(c), len(r))
+        summed = lambda x: (x[:n].sum() + 0.3 * x[n:].sum()).item()
+        expected += math.exp(gaps[2 * i] + gaps[2 * i + 1]) * max(0, 1 - 0.1 * (f(summed(c) - summed(rc)) - f(summed(r) - summed(rr)))) / 3
+    assert loss == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ValueError, match="f_divergence = 'js' is of the policy and its reference, which reference_free leaves out"):
+        run_term("hinge", ("reference_free", True), ("f_divergence", "js"))
+
+
+@pytest.mark.parametrize("name", [n for n, o in losses.OBJECTIVES.items() if o.data == "preference" and not o.coupled and "policy_chosen_logps" in o.reads])
+def test_options_stay_finite_at_extremes(name):
+    """Every option on every loss it means something to, log-ratios of ±1e4 among them: value, gradient and metrics."""
+    for option, value in (("reference_free", True), ("ld_alpha", 0.5), ("wpo", True), *(("f_divergence", kind) for kind in ("forward_kl", "js", 0.5, 2.0))):
+        batch, outputs, _ = preference_batch(dtype=torch.float32)
+        wild = torch.where(torch.arange(21) % 4 == 0, -1e4, outputs["log_probs"].detach()).requires_grad_(True)
+        batch["reference_log_probs"] = torch.where(torch.arange(21) % 5 == 0, -1e4, batch["reference_log_probs"])
+        term = losses.OPTIONS[option](losses.bind(name, 1.0, losses.OBJECTIVES[name].hyperparameters), value)
+        loss, metrics = losses.total([term], {**outputs, "log_probs": wild}, {**batch, "running_reward": torch.tensor(0.1)}, COUNTS)
+        assert loss.isfinite() and torch.autograd.grad(loss, wild)[0].isfinite().all(), option
+        assert all(total.isfinite() for total, _ in metrics.values()), option
+
+
+def test_metrics_of_two_losses_stay_apart():
+    batch, outputs, _ = preference_batch()
+    made = [losses.bind(name, 1.0, {**losses.OBJECTIVES[name].hyperparameters, "beta": beta}) for name, beta in (("dpo", 0.1), ("hinge", 0.3))]
+    metrics = losses.total(made, outputs, batch, COUNTS)[1]
+    assert metrics["hinge/rewards/margins"][0].item() == pytest.approx(3 * metrics["rewards/margins"][0].item(), rel=1e-12)
+    assert {"logps/chosen", "loss/dpo", "loss/hinge"} <= metrics.keys() and "hinge/logps/chosen" not in metrics
 
 
 def test_coupled_shares_add_up_to_the_whole():
@@ -763,6 +820,8 @@ def test_group_advantages():
         assert losses.group_norm(rewards)[g].tolist() == pytest.approx([(r - mean) / (std + 1e-6) for r in row])
         assert losses.group_center(rewards)[g].tolist() == pytest.approx([r - mean for r in row])
     assert (losses.group_norm(torch.ones(3, 1)) == 0).all()
+    for equal in (0.1, 0.7, 1e4 / 3):  # no signal, not that of rounding over eps
+        assert all((f(torch.full((5, 7), equal)) == 0).all() for f in (losses.group_norm, losses.group_center, losses.rloo))
     assert (losses.group_norm(rewards)[0] - (rewards[0] - rewards[0].mean()) / (rewards[0].std() + 1e-6)).abs().max() < 1e-12
 
 

@@ -110,10 +110,11 @@ def test_first_gradient_in_fp32(tmp_path, monkeypatch):
         assert (flat(other) - flat(large)).norm() < 1e-5 * flat(large).norm()
 
 
-@pytest.mark.parametrize("name, compiled, ranks", [
-    ("sft", False, 1), ("dpo", False, 1), ("dpo", False, 2), ("bco_pair", False, 2), ("aot", False, 2), ("dpo", True, 1)])
-def test_resume_is_bitwise(name, compiled, ranks, tmp_path):
-    more = dict(dtype="float32", save_dtype="float32", compile=compiled, save_every=2, micro_batch_tokens=128)
+@pytest.mark.parametrize("name, compiled, ranks, dtype", [
+    ("sft", False, 1, "float32"), ("dpo", False, 1, "float32"), ("dpo", False, 2, "float32"), ("bco_pair", False, 2, "float64"),
+    ("aot", False, 2, "float32"), ("dpo", True, 1, "float32")])
+def test_resume_is_bitwise(name, compiled, ranks, dtype, tmp_path):
+    more = dict(dtype=dtype, save_dtype=dtype, compile=compiled, save_every=2, micro_batch_tokens=128)
     run(options(tmp_path, name, "whole", **more), ranks)
     run(options(tmp_path, name, "parts", **{**more, "max_steps": 2}), ranks)
     (tmp_path / "parts" / "metrics.jsonl").open("a").write('{"step": 3, "split": "train", "loss": 9}\n{"step": 4, "sp')
@@ -202,6 +203,9 @@ def test_the_running_mean_is_of_all_steps_before(tmp_path, monkeypatch):
     for step in range(1, 5):
         total, count = json.loads((tmp_path / "delta" / f"checkpoint-{step}" / "state.json").read_text())["running"]["running_reward"]
         assert total / count == pytest.approx(sum(logged[:step]) / step, abs=1e-12)
+    with pytest.raises(ValueError, match="state.json: running_reward is missing; another objective was trained there"):
+        for name, steps in (("dpo", 1), ("bco_pair", 2)):
+            train.train(config.load([*options(tmp_path, name, "other", save_every=1, max_steps=steps), "--resume"]))
     assert abs(logged[1]) > 1e-3 and lines(tmp_path / "delta")[1]["loss"] == pytest.approx(lines(tmp_path / "none")[1]["loss"], rel=1e-12)
     assert lines(tmp_path / "delta")[-1]["loss"] != pytest.approx(lines(tmp_path / "none")[-1]["loss"], rel=1e-6)
 
