@@ -131,8 +131,8 @@ def liger_losses() -> dict[str, Callable]:
     if not (liger := optional("liger_kernel.chunked_loss")):
         return {}
     part = lambda name: importlib.import_module(f"liger_kernel.chunked_loss.{name}")
-    dpo = part("dpo_loss").LigerFusedLinearDPOFunction.preference_loss_fn
-    grpo, kto = part("grpo_loss").LigerFusedLinearGRPOFunction.ppo_loss_fn, part("kto_loss").LigerFusedLinearKTOFunction.preference_loss_fn
+    dpo, kto = (part(f"{n}_loss").__dict__[f"LigerFusedLinear{n.upper()}Function"].preference_loss_fn for n in ("dpo", "kto"))
+    grpo = part("grpo_loss").LigerFusedLinearGRPOFunction.ppo_loss_fn
     jsd = part("jsd_loss").LigerFusedLinearJSDFunction.distillation_loss_fn
     pairs = lambda kind, **o: lambda pc, pr, rc, rr, *_: dpo(pc, pr, torch.empty(2 * len(pc)), rc, rr, loss_type=kind, **o)[0]
 
@@ -141,17 +141,19 @@ def liger_losses() -> dict[str, Callable]:
         return kto(torch.cat([pc, pr]), labels, labels, torch.cat([rc, rr]), kl=(pk - rk).mean().clamp(min=0))[0]
 
     def policy(kind, level="token"):
-        return lambda new, old, advantages, mask, *_: grpo(new, mask.float(), advantages[:, 0], mask.float(), old_per_token_logps=old, beta=0.0,
-                                                           loss_type=kind, importance_sampling_level=level)[0]
-    return {"dpo": pairs("sigmoid"), **{kind: pairs(kind) for kind in ("hinge", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop")},
+        return lambda new, old, advantages, mask, *_: grpo(
+            new, mask.float(), advantages[:, 0], mask.float(), old_per_token_logps=old, beta=0.0, loss_type=kind,
+            importance_sampling_level=level)[0]
+    same = ("hinge", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop")
+    return {"dpo": pairs("sigmoid"), **{kind: pairs(kind) for kind in same},
             "robust": pairs("robust", label_smoothing=0.1), "exo_pair": pairs("exo_pair", label_smoothing=1e-3), "kto": labelled,
             "ppo": policy("bnpo"), "gspo": policy("grpo", "sequence"), "sapo": policy("sapo"),
             "kd": lambda logits, teacher, label: jsd(logits, teacher, beta=0.0, target=label)}
 
 
 def bench_losses(device: str, rounds: int, only: str):
-    print(f"Forward and backward of each loss, {where(device)}: 256 pairs or responses, 1,024 tokens each; lm and kd: 256 tokens of a "
-          f"vocabulary of 32,000; rankings of 8.\n")
+    print(f"Forward and backward of each loss, {where(device)}: 256 pairs or responses, 1,024 tokens each; lm and kd: 256 "
+          f"tokens of a vocabulary of 32,000; rankings of 8.\n")
     print("| loss | eager, us | compiled, us | Liger, us | eager, MB | compiled, MB | Liger, MB |\n|---|---|---|---|---|---|---|")
     liger = liger_losses()
     for name, o in losses.OBJECTIVES.items():
@@ -159,22 +161,25 @@ def bench_losses(device: str, rounds: int, only: str):
             continue
         longest = 32_000 if "logits" in o.reads else 8 if "ranked_rewards" in o.reads else 1024
         generator = torch.Generator().manual_seed(0)
-        given = {read: reading(read, 256, longest, generator) for read in o.reads}
-        given = {read: (x.float() if x.is_floating_point() else x).to(device).requires_grad_(read in DIFFERENTIABLE) for read, x in given.items()}
+        given = {}
+        for read in o.reads:
+            x = reading(read, 256, longest, generator).to(device)
+            given[read] = (x.float() if x.is_floating_point() else x).requires_grad_(read in DIFFERENTIABLE)
         functions = {"eager": stepping(o.loss, given), "compiled": stepping(losses.compiled(o.loss), given)}
         if name in liger:
             functions["Liger"] = stepping(liger[name], given)
         found = measure(functions, device, rounds)
-        column = lambda i, unit, form: [form.format(found[which][i] * unit) if which in found else "" for which in ("eager", "compiled", "Liger")]
-        print("|", " | ".join([name, *column(0, 1e6, "{:,.0f}"), *column(1, 1, "{:,.0f}")]), "|", flush=True)
+        columns = [f"{found[which][i] * unit:,.0f}" if which in found else ""
+                   for i, unit in ((0, 1e6), (1, 1)) for which in ("eager", "compiled", "Liger")]
+        print("|", " | ".join([name, *columns]), "|", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The head: log-probs of N targets from hidden states, and their gradient
 
 
-def heads(device: str, dtype: torch.dtype) -> dict[str, Callable]:
-    """name -> (hidden, weight, target) -> log-probs (N,)."""
+def heads(device: str) -> dict[str, Callable]:
+    """name -> (hidden, weight, target) -> log-probs (N,); of those with a loss, its value for sequences of 128 tokens."""
     naive = lambda h, w, t: (h @ w.t()).float().log_softmax(-1).gather(1, t[:, None])[:, 0]
     made = {"naive": naive, "naive, compiled": torch.compile(naive),
             "fused (ours)": lambda h, w, t: losses.linear_log_probs(h, w, t)[0],
@@ -183,19 +188,29 @@ def heads(device: str, dtype: torch.dtype) -> dict[str, Callable]:
         chunked = torch.nn.LinearCrossEntropyOptions()
         made["F.linear_cross_entropy"] = lambda h, w, t: -F.linear_cross_entropy(h, w, t, reduction="none", options=chunked)
     if liger := optional("liger_kernel.ops.fused_linear_cross_entropy") if device == "cuda" else None:
-        made["Liger"] = lambda h, w, t: -liger.LigerFusedLinearCrossEntropyFunction.apply(h, w, t, None, None, -100, 0.0, 0.0, "none")[0]
+        nll = liger.LigerFusedLinearCrossEntropyFunction.apply
+        made["Liger"] = lambda h, w, t: -nll(h, w, t, None, None, -100, 0.0, 0.0, "none")[0]
     if cce := optional("cut_cross_entropy"):
         impl = "cce" if device == "cuda" else "torch_compile"
         made[f"cut-cross-entropy ({impl})"] = lambda h, w, t: -cce.linear_cross_entropy(h, w, t, reduction="none", impl=impl)
+
+    def simpo(h, w, t):
+        chosen, rejected = losses.linear_log_probs(h, w, t, compiled=True)[0].view(2, -1, 128).sum(-1)
+        lengths = torch.full_like(chosen, 128)
+        return losses.compiled(losses.simpo)(chosen, rejected, lengths, lengths)[0].sum() / len(lengths)
+    made["fused with simpo (ours)"] = simpo
+    if chunked_loss := optional("liger_kernel.chunked_loss"):
+        theirs = chunked_loss.LigerFusedLinearSimPOLoss(beta=2.0, gamma=1.0, compute_nll_loss=False)
+        made["Liger's chunked SimPO"] = lambda h, w, t: theirs(w, h.view(-1, 128, h.shape[1]), t.view(-1, 128))[0]
     return made
 
 
 def bench_head(device: str, rounds: int, only: str):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     tokens, width = (16_384, 2048) if device == "cuda" else (2048, 512)
-    print(f"Log-probs of {tokens:,} tokens and their gradient, width {width}, {str(dtype).split('.')[1]}, {where(device)}. Error: of the gradient of "
-          f"the weight, relative to float32.\n")
-    print("| vocabulary | head | seconds | against naive | peak, MB | error |\n|---|---|---|---|---|---|")
+    print(f"Log-probs of {tokens:,} tokens and their gradient, width {width}, {str(dtype).split('.')[1]}, {where(device)}. "
+          f"Difference: of the weight's gradient, to that of the first of its kind.\n")
+    print("| vocabulary | head | seconds | against the first | peak, MB | difference |\n|---|---|---|---|---|---|")
     for vocab in (32_000, 151_936):
         generator = torch.Generator(device).manual_seed(0)
         hidden = torch.randn(tokens, width, generator=generator, device=device).to(dtype).requires_grad_(True)
@@ -205,24 +220,27 @@ def bench_head(device: str, rounds: int, only: str):
 
         def step(head):
             return torch.autograd.grad((head(hidden, weight, target).float() * upstream).sum(), (hidden, weight))
-        _, exact = torch.autograd.grad((losses.linear_log_probs(hidden.float(), weight.float(), target)[0] * upstream).sum(), (hidden, weight))
-        error, functions = {}, {}
-        for name, head in heads(device, dtype).items():
+        exact, error, functions = {}, {}, {}
+        for name, head in heads(device).items():
             if only and not any(word in name for word in only.split(",")):
                 continue
             try:
-                error[name] = ((step(head)[1] - exact).norm() / exact.norm()).item()
+                grad = step(head)[1].float()
+                true = exact.setdefault("simpo" in name.lower(), grad)  # of the two with a loss: the first's
+                error[name] = ((grad - true).norm() / true.norm()).item()
                 functions[name] = lambda head=head: step(head)
             except Exception as problem:  # a peer that does not run here: say so and go on
                 print(f"| {vocab:,} | {name} | {type(problem).__name__}: {str(problem).splitlines()[0][:60]} | | | |")
         found = measure(functions, device, rounds)
         base = next(iter(found.values()))[0]
         for name, (seconds, memory) in found.items():
-            print(f"| {vocab:,} | {name} | {seconds:.3g} | {base / seconds:.2f}x | {memory:,.0f} | {error[name]:.1e} |", flush=True)
+            ratio = f"{base / seconds:.2f}x"
+            print(f"| {vocab:,} | {name} | {seconds:.3g} | {ratio} | {memory:,.0f} | {error[name]:.1e} |", flush=True)
 
 
 def where(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads, torch {torch.__version__.split('+')[0]}"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return f"{name}, torch {torch.__version__.split('+')[0]}"
 
 
 if __name__ == "__main__":

@@ -87,9 +87,10 @@ CHOICES = {"truncation": ("cut", "drop", "error"), "tokenize": ("joint", "apart"
            "dtype": ("auto", "float32", "bfloat16", "float16", "float64"), "compile": (True, False, "auto"),
            "save_dtype": ("", "float32", "bfloat16", "float16", "float64")}
 LIMITS = {  # words -> test, keys; of hyperparameters too
-    "at least 0": (lambda x: x >= 0, "max_prompt_length micro_batch_tokens epochs max_steps lr min_lr warmup_steps weight_decay grad_clip "
-                   "eval_every save_every nll_coef ld_alpha seed label_smoothing alpha desirable_weight undesirable_weight "
-                   "center_coef clip_eps_low clip_eps_high dual_clip correction_low correction_high value_clip"),
+    "at least 0": (lambda x: x >= 0, "max_prompt_length micro_batch_tokens epochs max_steps lr min_lr warmup_steps weight_decay "
+                   "grad_clip eval_every save_every nll_coef ld_alpha seed label_smoothing alpha desirable_weight "
+                   "undesirable_weight center_coef clip_eps_low clip_eps_high dual_clip correction_low correction_high "
+                   "value_clip"),
     "at least 1": (lambda x: x >= 1, "batch_size log_every keep_checkpoints max_new_tokens"),
     "at least 2": (lambda x: x >= 2, "max_length"),
     "above 0": (lambda x: x > 0, "beta temperature tau tau_positive tau_negative"),
@@ -194,8 +195,8 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
                 raise ValueError(f"{where}: {'+'.join(weights)} has no hyperparameter {key!r} (it belongs to {', '.join(owners)})")
             raise ValueError(f"{where}: unknown key {key!r}.{suggestion(key, [*TYPES, *hyperparameters])} "
                              f"`python train.py --help` lists every key")
-    bound = {name: {k: values.get(f"{name}_{k}", values.get(k, default)) for k, default in OBJECTIVES[name].hyperparameters.items()}
-             for name in weights}
+    bound = {name: {k: values.get(f"{name}_{k}", values.get(k, default))
+                    for k, default in OBJECTIVES[name].hyperparameters.items()} for name in weights}
     return types.SimpleNamespace(**values, weights=weights, bound=bound)
 
 

@@ -964,7 +964,8 @@ def _chunk_logps(hidden, weight, target, temperature, entropy, collision):
 
 
 def _chunk_grad(hidden, weight, target, temperature, grad_logps, grad_entropy):
-    """d loss / d (hidden @ weight.T) (C, V): at temperature 1, g (onehot - p) for the log-probs, -h p (log p + H) for the entropies."""
+    """d loss / d (hidden @ weight.T) (C, V): g (onehot - p) for the log-probs, -h p (log p + H) for the entropies, over the
+    temperature."""
     if temperature != 1:
         grad_logps, grad_entropy = grad_logps / temperature, None if grad_entropy is None else grad_entropy / temperature
     if grad_entropy is None:

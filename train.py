@@ -458,7 +458,8 @@ def resume(out: Path, decoder, optimizer, scaler, running: dict, machine: Machin
     state = model.read_json(folder / "state.json")
     for name, pair in running.items():
         if name not in state.get("running", {}):
-            raise ValueError(f"{folder / 'state.json'}: {name} is missing; another objective was trained there, name another --out_dir")
+            raise ValueError(f"{folder / 'state.json'}: {name} is missing; another objective was trained there, name another "
+                             f"--out_dir")
         pair.copy_(torch.tensor(state["running"][name], dtype=pair.dtype))
     if scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])

@@ -175,9 +175,9 @@ def rm(x, center_coef):
     return torch.log(1 + torch.exp(r - c + x["margin"])) + center_coef * (c + r) ** 2
 
 
-@restates("rm_hinge", dict(center_coef=0.0))
+@restates("rm_hinge", dict(center_coef=0.0), dict(center_coef=0.3))
 def rm_hinge(x, center_coef):
-    return torch.stack([max(r - c + m, 0 * (c + r)) for c, r, m in each(x["chosen_reward"], x["reject_reward"], x["margin"])])
+    return torch.stack([max(r - c + m, 0 * (c + r)) + center_coef * (c + r) ** 2 for c, r, m in each(x["chosen_reward"], x["reject_reward"], x["margin"])])
 
 
 @restates("rm_plackett_luce")

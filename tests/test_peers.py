@@ -132,7 +132,7 @@ def as_stream(readings):
 @pytest.mark.parametrize("option, value, attributes", [
     ("ld_alpha", 0.3, dict(ld_alpha=0.3)), ("f_divergence", "forward_kl", dict(f_divergence_type="forward_kl")),
     ("f_divergence", "js", dict(f_divergence_type="js_divergence")),
-    ("f_divergence", 0.5, dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.5))])
+    ("f_divergence", 0.3, dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.3))])
 def test_options_against_trl(dpo_trainer, option, value, attributes):
     theirs, readings = trl_dpo(dpo_trainer, "sigmoid", **attributes)
     batch, outputs = as_stream(readings)
@@ -154,7 +154,8 @@ def test_wpo_against_trl(trl, tmp_path):
 
 
 def test_where_trl_ignores_an_option(dpo_trainer):
-    """nca_pair, bco_pair, sppo_hard, apo_* take no notice of f_divergence_type in TRL; here they heed it."""
+    """nca_pair, bco_pair, sppo_hard, apo_* take no notice of f_divergence_type in TRL, whose constructor refuses the two
+    together; here they heed it."""
     plain, readings = trl_dpo(dpo_trainer, "nca_pair")
     theirs, _ = trl_dpo(dpo_trainer, "nca_pair", f_divergence_type="js_divergence")
     batch, outputs = as_stream(readings)
@@ -299,6 +300,21 @@ def test_preference_losses_against_liger(loss_type, name, options):
     theirs = liger.LigerFusedLinearDPOFunction.preference_loss_fn(pc, pr, torch.zeros(12), rc, rr, beta=0.1, loss_type=loss_type, **kwargs)[0]
     inputs += [None] * (len(losses.OBJECTIVES[name].reads) - 4)
     assert_same(mean(losses.OBJECTIVES[name].loss, *inputs, beta=0.1, **options), theirs, [pc, pr])
+
+
+@pytest.mark.parametrize("name, theirs, options", [
+    ("simpo", "SimPO", dict(beta=2.0, gamma=0.7)), ("orpo", "ORPO", dict(beta=0.3)), ("cpo", "CPO", dict(beta=0.1, alpha=0.5))])
+def test_chunked_heads_against_liger(name, theirs, options):
+    """Head and loss in one, NLL terms included, on responses of one length: there a mean over the batch's tokens is a mean of
+    means over responses."""
+    liger = getattr(pytest.importorskip("liger_kernel.chunked_loss"), f"LigerFusedLinear{theirs}Loss")
+    generator, o = torch.Generator().manual_seed(0), losses.OBJECTIVES[name]
+    hidden, weight = torch.randn(6, 5, 16, generator=generator).requires_grad_(True), torch.randn(40, 16, generator=generator).requires_grad_(True)
+    target = torch.randint(40, (6, 5), generator=generator)
+    loss = liger(compiled=False, **{"compute_nll_loss": False} if name == "simpo" else {}, **options)(weight, hidden, target)[0]
+    logps = losses.linear_log_probs(hidden.flatten(0, 1), weight, target.flatten())[0].view(6, 5).sum(-1)
+    given = {"policy_chosen_logps": logps[:3], "policy_rejected_logps": logps[3:], "chosen_lengths": torch.full((3,), 5), "rejected_lengths": torch.full((3,), 5)}
+    assert_same(mean(o.loss, *(given[r] for r in o.reads), **options), loss, [hidden, weight])
 
 
 def test_kto_against_liger():
