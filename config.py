@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from losses import OBJECTIVES, OPTIONS, Term, bind, streams
+from losses import OBJECTIVES, OPTIONS, Term, bind, check, streams
 
 
 @dataclass
@@ -86,19 +86,13 @@ CHOICES = {"truncation": ("cut", "drop", "error"), "tokenize": ("joint", "apart"
            "bad_rows": ("error", "skip"), "schedule": ("constant", "linear", "cosine"), "device": ("auto", "cpu", "cuda"),
            "dtype": ("auto", "float32", "bfloat16", "float16", "float64"), "compile": (True, False, "auto"),
            "save_dtype": ("", "float32", "bfloat16", "float16", "float64")}
-LIMITS = {  # words -> test, keys; of hyperparameters too
-    "at least 0": (lambda x: x >= 0, "max_prompt_length micro_batch_tokens epochs max_steps lr min_lr warmup_steps weight_decay "
-                   "grad_clip eval_every save_every nll_coef ld_alpha seed label_smoothing alpha desirable_weight "
-                   "undesirable_weight center_coef clip_eps_low clip_eps_high dual_clip correction_low correction_high "
-                   "value_clip"),
-    "at least 1": (lambda x: x >= 1, "batch_size log_every keep_checkpoints max_new_tokens"),
-    "at least 2": (lambda x: x >= 2, "max_length"),
-    "above 0": (lambda x: x > 0, "beta temperature tau tau_positive tau_negative"),
-    "between 0 and 1": (lambda x: 0 <= x <= 1, "jsd_beta")}
+AT_LEAST = {"batch_size": 1, "max_length": 2, "log_every": 1, "keep_checkpoints": 1, "max_new_tokens": 1} | dict.fromkeys(
+    ("max_prompt_length", "micro_batch_tokens", "epochs", "max_steps", "lr", "min_lr", "warmup_steps", "weight_decay",
+     "grad_clip", "eval_every", "save_every", "nll_coef", "ld_alpha", "seed"), 0)
 TYPES = typing.get_type_hints(Config)
 
 
-def checked(key: str, value, kind, where: str, limit: str = ""):
+def checked(key: str, value, kind, where: str):
     """The value as its declared type, or an error that names the source, the key and what was expected."""
     if value is None and getattr(Config, key, 0) is None:
         return None
@@ -112,9 +106,8 @@ def checked(key: str, value, kind, where: str, limit: str = ""):
         raise ValueError(f"{where}: {key} = {value!r} is a {type(value).__name__}; expected {names}")
     if key in CHOICES and value not in CHOICES[key]:
         raise ValueError(f"{where}: {key} = {value!r}; expected one of {', '.join(map(repr, CHOICES[key]))}")
-    for words, (test, keys) in LIMITS.items():
-        if (limit or key) in keys.split() and not test(value):
-            raise ValueError(f"{where}: {key} = {value!r}; expected {words}")
+    if key in AT_LEAST and not value >= AT_LEAST[key]:
+        raise ValueError(f"{where}: {key} = {value!r}; expected at least {AT_LEAST[key]}")
     return value
 
 
@@ -160,6 +153,8 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
     of each loss."""
     values, source = {f.name: f.default for f in fields(Config)}, {}
     for where, layer in layers:
+        for key in {f"{name}_{key}" for name in OBJECTIVES for key in layer} & source.keys():  # a later beta wins over dpo_beta
+            del values[key], source[key]
         values.update(layer)
         source.update(dict.fromkeys(layer, where))
     name = checked("objective", values["objective"], TYPES["objective"], source.get("objective", "config"))
@@ -188,7 +183,14 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
             if any(default != defaults[0] for default in defaults):
                 raise ValueError(f"{where}: {key} is not the same thing in {' and '.join(weights)}; set "
                                  f"{' and '.join('_'.join(pair) for pair in hyperparameters[key])} apart")
-            values[key] = checked(key, values[key], type(defaults[0]), where, hyperparameters[key][0][1])
+            values[key] = checked(key, values[key], type(defaults[0]), where)
+            if all(f"{name}_{key}" in source for name, _ in hyperparameters[key]):
+                raise ValueError(f"{where}: {key} sets nothing, each of {' and '.join(weights)} has its own; leave it out")
+            for name, hyperparameter in hyperparameters[key]:
+                try:
+                    check(OBJECTIVES[name], {hyperparameter: values[key]})
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from None
         else:
             owners = [o.name for o in OBJECTIVES.values() if key in o.hyperparameters]
             if owners:

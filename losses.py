@@ -31,6 +31,7 @@ class Objective(NamedTuple):
     show: str | None  # metric that the progress bar shows beside the loss
     reads: tuple  # names of READINGS, in the order of the loss's positional parameters
     hyperparameters: dict  # name -> default
+    limits: dict  # hyperparameter -> a key of LIMITS, where the loss has another than `LIMITED`
     coupled: bool  # its value is no sum over rows: it is given the readings of the whole step
 
 
@@ -52,10 +53,36 @@ class Term(NamedTuple):
 
 
 OBJECTIVES: dict[str, Objective] = {}
+COUNTS = ("pairs", "examples", "responses", "tokens", "demonstrations", "demonstrated_tokens", "steps")  # of a step, by its data
+LIMITS = {  # what is expected of a hyperparameter -> test
+    "at least 0": lambda x: x >= 0, "above 0": lambda x: x > 0, "between 0 and 1": lambda x: 0 <= x <= 1,
+    "a number in (0, 1)": lambda x: 0 < x < 1, "a number in (0, 1]": lambda x: 0 < x <= 1,
+    "a share of flipped labels in [0, 0.5)": lambda x: 0 <= x < 0.5,
+    "a number above 1, or 0 for none": lambda x: x > 1 or x == 0,
+    "'token', 'sequence' or 'dr_grpo'": lambda x: x in REDUCTIONS,
+    "'tis', 'icepop', 'seq-mask-tis' or '' for none": lambda x: x in CORRECTIONS or x == "",
+    "'k2' or 'k3' (the gradient of 'k1' is 0 in expectation: it belongs into the reward)": lambda x: x in ("k2", "k3")}
+LIMITED = {
+    **dict.fromkeys(("beta", "temperature", "tau_positive", "tau_negative", "max_new_tokens"), "above 0"),
+    **dict.fromkeys(("alpha", "desirable_weight", "undesirable_weight", "center_coef", "clip_eps_low", "clip_eps_high",
+                     "correction_low", "correction_high", "value_clip"), "at least 0"),
+    "jsd_beta": "between 0 and 1", "label_smoothing": "between 0 and 1", "tau": "a number in (0, 1]",
+    "dual_clip": "a number above 1, or 0 for none", "reduction": "'token', 'sequence' or 'dr_grpo'",
+    "correction": "'tis', 'icepop', 'seq-mask-tis' or '' for none",
+    "estimator": "'k2' or 'k3' (the gradient of 'k1' is 0 in expectation: it belongs into the reward)"}
 
 
-def objective(data: str | None, per: str | Callable, show: str | None = None, coupled: bool = False):
-    """Register a loss under its own name. `per` is a key of the step's counts, or a function of hyperparameters."""
+def check(o: Objective, hyperparameters: dict):
+    """An error for a value that has no meaning in this loss."""
+    for key, value in hyperparameters.items():
+        expected = o.limits.get(key, LIMITED.get(key))
+        if expected and not LIMITS[expected](value):
+            raise ValueError(f"{o.name}: {key} = {value!r}; expected {expected}")
+
+
+def objective(data: str | None, per: str | Callable, show: str | None = None, coupled: bool = False, **limits: str):
+    """Register a loss under its own name. `per` is a key of the step's counts, or a function of hyperparameters. On plain
+    tensors, too, the loss checks its hyperparameters first."""
     def register(loss):
         parameters = inspect.signature(loss).parameters.values()
         reads = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
@@ -64,14 +91,23 @@ def objective(data: str | None, per: str | Callable, show: str | None = None, co
             raise TypeError(f"{loss.__name__}: no reading is called {unknown[0]!r}; READINGS has {', '.join(READINGS)}")
         hyperparameters = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         divisor = per if callable(per) else lambda: per
-        OBJECTIVES[loss.__name__] = Objective(loss.__name__, loss, data, divisor, show, reads, hyperparameters, coupled)
-        return loss
+        o = Objective(loss.__name__, loss, data, divisor, show, reads, hyperparameters, limits, coupled)
+        OBJECTIVES[loss.__name__] = o
+
+        @functools.wraps(loss)
+        def checked(*inputs, **hyperparameters):
+            check(o, hyperparameters)
+            return loss(*inputs, **hyperparameters)
+        return checked
     return register
 
 
 def bind(name: str, weight: float, hyperparameters: dict, compile: bool = False) -> Term:
     o = OBJECTIVES[name]
+    check(o, hyperparameters)
     per = o.per(**{key: hyperparameters[key] for key in inspect.signature(o.per).parameters})
+    if per not in COUNTS:
+        raise ValueError(f"{name}: per = {per!r}; expected one of {', '.join(COUNTS)}")
     return Term(weight, o, compiled(o.loss) if compile else o.loss, hyperparameters, per, {n: READINGS[n] for n in o.reads})
 
 
@@ -95,7 +131,7 @@ def read(reading: Reading, available: dict) -> Tensor:
 class Step(NamedTuple):
     """What a coupled loss sees of the other micro-batches of its step, of all ranks: their readings, without gradient."""
     parts: int  # micro-batches of the step
-    others: dict  # reading -> (those before this micro-batch, those after it)
+    others: dict  # reading (n,) -> (those before this micro-batch, those after it); empty where there are none
 
 
 def total(terms: list[Term], outputs: dict, batch: dict, counts: dict) -> tuple[Tensor, dict]:
@@ -110,7 +146,7 @@ def total(terms: list[Term], outputs: dict, batch: dict, counts: dict) -> tuple[
         inputs, parts = {name: read(reading, available) for name, reading in term.reads.items()}, 1
         if term.objective.coupled:
             parts, others = batch["step"]
-            inputs = {name: torch.cat([others[name][0], own, others[name][1]]) for name, own in inputs.items()}
+            inputs |= {name: torch.cat([before, inputs[name], after]) for name, (before, after) in others.items()}
         metrics.update({metric: reduced(read(READINGS[name], available), None)
                         for name, metric in REPORTED.items() if name in term.reads})
         values, mask, more = term.loss(*inputs.values(), **term.hyperparameters)
@@ -235,7 +271,7 @@ def f_divergence(term: Term, value: str | float) -> Term:
     changed = {}
     for which in ("chosen", "rejected"):
         policy, reference = term.reads[f"policy_{which}_logps"], term.reads[f"reference_{which}_logps"]
-        if policy.streams == reference.streams:
+        if "reference_log_probs" not in reference.streams:
             raise ValueError(f"f_divergence = {value!r} is of the policy and its reference, which reference_free leaves out")
         changed[f"policy_{which}_logps"] = Reading(
             policy.streams + reference.streams,
@@ -269,6 +305,8 @@ def wide(x: Tensor) -> Tensor:
 
 def same_shape(a: Tensor, b: Tensor):
     """A (P, 1) among (P,) would broadcast to (P, P), and the loss would be that of other pairs."""
+    if a is None or b is None:
+        raise ValueError("an input is None that the loss needs with these hyperparameters")
     if a.shape != b.shape:
         raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} differ")
 
@@ -282,13 +320,20 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
 def masked(x: Tensor, mask: Tensor) -> Tensor:
     """x in fp32 or wider, 0 where masked whatever is there, NaN included."""
     same_shape(x, mask)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"the mask is {mask.dtype}; expected torch.bool, as mask.bool()")
     return torch.where(mask, wide(x), 0)
 
 
-def log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
-    """log pi / pi_ref of the chosen and of the rejected responses, (P,) each."""
-    same_shape(policy_chosen_logps, policy_rejected_logps)
+def class_log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
+    """log pi / pi_ref of the chosen (n_c,) and of the rejected (n_r,) responses."""
     return difference(policy_chosen_logps, reference_chosen_logps), difference(policy_rejected_logps, reference_rejected_logps)
+
+
+def log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
+    """The same of pairs, (P,) each."""
+    same_shape(policy_chosen_logps, policy_rejected_logps)
+    return class_log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
 
 
 def per_token(logps: Tensor, lengths: Tensor) -> Tensor:
@@ -300,6 +345,13 @@ def per_token(logps: Tensor, lengths: Tensor) -> Tensor:
 def average(x: Tensor) -> Tensor:
     """Mean of a (n,) that may be empty: then 0."""
     return x.sum() / max(len(x), 1)
+
+
+def running(mean: Tensor | None) -> Tensor | float:
+    """A running mean (), 0 before there is one."""
+    if mean is not None and mean.dim():
+        raise ValueError(f"a running mean is one number, and this one has shape {tuple(mean.shape)}")
+    return 0.0 if mean is None else mean
 
 
 def smoothed(x: Tensor, label_smoothing: float) -> Tensor:
@@ -422,25 +474,21 @@ def hinge(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, re
     return torch.relu(1 - beta * (c - r)), None, preference_metrics(beta * c, beta * r)
 
 
-@objective(data="preference", per="pairs", show="rewards/accuracies")
+@objective(data="preference", per="pairs", show="rewards/accuracies", label_smoothing="a share of flipped labels in [0, 0.5)")
 def robust(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *,
            beta=0.1, label_smoothing=0.1):
     """Robust DPO, arXiv:2403.00409: the unbiased estimate of the clean loss when label_smoothing of the labels are
     flipped, [-(1 - eps) log sigmoid(x) + eps log sigmoid(-x)] / (1 - 2 eps). log 2 at the start."""
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"robust: label_smoothing = {label_smoothing}; expected a share of flipped labels in [0, 0.5)")
     c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     x = beta * (c - r)
     values = (label_smoothing * F.logsigmoid(-x) - (1 - label_smoothing) * F.logsigmoid(x)) / (1 - 2 * label_smoothing)
     return values, None, preference_metrics(beta * c, beta * r)
 
 
-@objective(data="preference", per="pairs", show="rewards/accuracies")
+@objective(data="preference", per="pairs", show="rewards/accuracies", label_smoothing="a number in (0, 1)")
 def exo_pair(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *,
              beta=0.1, label_smoothing=1e-3):
     """EXO, arXiv:2402.00856 eq. 16: the reverse KL from the pair's preference under the policy to (1 - eps, eps)."""
-    if not 0 < label_smoothing < 1:
-        raise ValueError(f"exo_pair: label_smoothing = {label_smoothing}; expected a number in (0, 1), the paper has 1e-3")
     c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     x = beta * (c - r)
     values = (x.sigmoid() * (F.logsigmoid(x) - math.log1p(-label_smoothing))
@@ -466,7 +514,7 @@ def bco_pair(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     means, the same for pairs); delta=False: 0. 2 log 2 at the start.
     """
     c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
-    d = running_reward if delta and running_reward is not None else 0
+    d = running(running_reward) if delta else 0
     values = -F.logsigmoid(beta * c - d) - F.logsigmoid(d - beta * r)
     return values, None, {**preference_metrics(beta * c, beta * r), "rewards/mean": (beta * torch.cat([c, r]), None)}
 
@@ -520,9 +568,7 @@ def apo_down(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
 def discopop(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *,
              beta=0.1, tau=0.05):
     """Discovered preference optimization, arXiv:2406.08414 eq. 5: x = beta (c - r), m = sigmoid(x / tau):
-    -log sigmoid(x) (1 - m) + exp(-x) m, the last as exp(-x + log m) so that it stays finite. (log 2 + 1) / 2 at the start."""
-    if not 0 < tau <= 1:
-        raise ValueError(f"discopop: tau = {tau}; expected a number in (0, 1]: above 1 the loss has no bound")
+    -log sigmoid(x) (1 - m) + exp(-x) m, the last as exp(-x + log m) so that it stays finite; above tau = 1 it has no bound. (log 2 + 1) / 2 at the start."""
     c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     x = beta * (c - r)
     values = -F.logsigmoid(x) * (-x / tau).sigmoid() + (F.logsigmoid(x / tau) - x).exp()
@@ -559,10 +605,10 @@ def orpo(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_le
 def cpo(policy_chosen_logps, policy_rejected_logps, chosen_lengths, *, beta=0.1, alpha=1.0):
     """Contrastive preference optimization, arXiv:2401.08417: -log sigmoid(beta (pc - pr)) + alpha NLL(chosen), the latter the mean
     of the response's tokens. No reference."""
-    nll = -per_token(policy_chosen_logps, chosen_lengths)
-    values = smoothed(beta * difference(policy_chosen_logps, policy_rejected_logps), 0) + alpha * nll
-    metrics = preference_metrics(beta * wide(policy_chosen_logps), beta * wide(policy_rejected_logps))
-    return values, None, {**metrics, "nll": (nll, None)}
+    chosen, rejected = wide(policy_chosen_logps), wide(policy_rejected_logps)
+    nll = -per_token(chosen, chosen_lengths)
+    values = smoothed(beta * difference(chosen, rejected), 0) + alpha * nll
+    return values, None, {**preference_metrics(beta * chosen, beta * rejected), "nll": (nll, None)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -584,7 +630,7 @@ def kto(policy_chosen_logps, policy_rejected_logps, policy_KL_logps,
     z0: mean log-ratio of the KL rows, clamped at 0, no gradient. policy_KL_logps, reference_KL_logps: (m,), prompts with
     responses of other prompts, of the whole step. At policy = reference the loss is w_i / 2.
     """
-    c, r = difference(policy_chosen_logps, reference_chosen_logps), difference(policy_rejected_logps, reference_rejected_logps)
+    c, r = class_log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     z0 = average(difference(policy_KL_logps, reference_KL_logps).detach()).clamp(min=0)
     values = torch.cat([desirable_weight * (beta * (z0 - c)).sigmoid(), undesirable_weight * (beta * (r - z0)).sigmoid()])
     return values, None, {**label_metrics(beta * c, beta * r), "kl": (z0[None], None)}
@@ -597,7 +643,7 @@ def kto_vanilla(policy_chosen_logps, policy_rejected_logps, reference_chosen_log
 
     detach_kl=False lets gradient through the baselines, as the reference implementation does. 1/2 at the start.
     """
-    c, r = difference(policy_chosen_logps, reference_chosen_logps), difference(policy_rejected_logps, reference_rejected_logps)
+    c, r = class_log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     c_kl, r_kl = average(c.detach() if detach_kl else c).clamp(min=0), average(r.detach() if detach_kl else r).clamp(min=0)
     values = torch.cat([(beta * (r_kl - c)).sigmoid(), (beta * (r - c_kl)).sigmoid()])
     return values, None, {**label_metrics(beta * c, beta * r), "kl": (torch.stack([c_kl, r_kl]), None)}
@@ -607,7 +653,7 @@ def kto_vanilla(policy_chosen_logps, policy_rejected_logps, reference_chosen_log
 def apo_zero_unpaired(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *, beta=0.1):
     """`apo_zero` without pairs, arXiv:2408.06266: 1 - sigmoid(beta c) for desirable responses, sigmoid(beta r) for the others.
     1/2 at the start."""
-    c, r = difference(policy_chosen_logps, reference_chosen_logps), difference(policy_rejected_logps, reference_rejected_logps)
+    c, r = class_log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     return torch.cat([(-beta * c).sigmoid(), (beta * r).sigmoid()]), None, label_metrics(beta * c, beta * r)
 
 
@@ -617,8 +663,8 @@ def bco(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, refe
     """Binary classifier optimization, arXiv:2404.04656: -log sigmoid(beta c - d) for desirable responses, -log sigmoid(d - beta r)
     for the others. d: running_reward, (), the mean reward of all responses of earlier steps (the paper's is the mean of the two
     classes' means). log 2 at the start."""
-    c, r = difference(policy_chosen_logps, reference_chosen_logps), difference(policy_rejected_logps, reference_rejected_logps)
-    d = 0 if running_reward is None else running_reward
+    c, r = class_log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    d = running(running_reward)
     values = -F.logsigmoid(torch.cat([beta * c - d, d - beta * r]))
     return values, None, {**label_metrics(beta * c, beta * r), "rewards/mean": (beta * torch.cat([c, r]), None)}
 
@@ -690,6 +736,8 @@ def prm(step_logits, step_labels, step_mask):
     if not step_labels.is_floating_point():
         raise ValueError(f"step_labels are {step_labels.dtype}; expected floats: integers would cut 0.9 to 0")
     good = masked(step_labels, step_mask)
+    if step_logits.shape[-1] != 2:
+        raise ValueError(f"step_logits are {tuple(step_logits.shape)}; expected (S, 2), the logits of a bad and of a good step")
     d = masked(difference(step_logits[..., 1], step_logits[..., 0]), step_mask)
     values = -good * F.logsigmoid(d) - (1 - good) * F.logsigmoid(-d)
     right = 0.5 + 0.5 * d.sign() * (good - 0.5).sign()
@@ -714,15 +762,9 @@ CORRECTIONS = {  # name -> (w, its mean over the sequence, low, high) -> weight 
 }
 
 
-def known(names: dict, name: str, what: str):
-    if name not in names:
-        raise ValueError(f"{what} = {name!r}; expected one of {', '.join(map(repr, names))}")
-    return names[name]
-
-
 def per_reduction(reduction: str) -> str:
     """Key of the step's counts that a sum under this reduction is divided by."""
-    return known(REDUCTIONS, reduction, "reduction")[0]
+    return REDUCTIONS[reduction][0]
 
 
 def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -743,18 +785,17 @@ def bounded_exp(x: Tensor) -> Tensor:
 def token_reduced(values: Tensor, action_mask: Tensor, reduction: str, max_new_tokens: int = 1) -> tuple[Tensor, Tensor]:
     """(R, L) losses of tokens -> values and mask as the reduction has them."""
     values = torch.where(action_mask, values, 0)
-    return known(REDUCTIONS, reduction, "reduction")[1](values, action_mask, max_new_tokens)
+    return REDUCTIONS[reduction][1](values, action_mask, max_new_tokens)
 
 
 def sampler_weight(old_log_probs, rollout_log_probs, action_mask, correction, low, high) -> Tensor | float:
     """(R, L) weights exp(old - rollout), without gradient, that correct for a sampler that is not the trainer."""
     if not correction:
         return 1.0
-    correct = known(CORRECTIONS, correction, "correction")
     if rollout_log_probs is None:
         raise ValueError(f"correction = {correction!r} needs rollout_log_probs")
     gap = log_difference(old_log_probs, rollout_log_probs, action_mask).detach()
-    return correct(bounded_exp(gap), bounded_exp(sequence_mean(gap, action_mask))[:, None], low, high)
+    return CORRECTIONS[correction](bounded_exp(gap), bounded_exp(sequence_mean(gap, action_mask))[:, None], low, high)
 
 
 def policy_metrics(ratio, binds, log_probs, old_log_probs, rollout_log_probs, action_mask) -> dict:
@@ -776,8 +817,6 @@ def finished(values, ratio, binds, rollouts, reduction, max_new_tokens, correcti
 
 def clipped_surrogate(ratio, advantages, clip_eps_low, clip_eps_high, dual_clip):
     """-min(ratio A, clip(ratio) A), where A < 0 at most -dual_clip A; and where clipping binds."""
-    if dual_clip and dual_clip <= 1:
-        raise ValueError(f"dual_clip = {dual_clip}; expected a number above 1, or 0 for none")
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high) * advantages
     surrogate = torch.min(plain, clipped)
     if dual_clip:
@@ -857,15 +896,15 @@ KL_ESTIMATORS = {  # of KL(policy || reference) from samples of the policy, d = 
 def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor, action_mask: Tensor, estimator: str = "k1") -> Tensor:
     """Per-token estimate of KL(policy || reference), 0 where masked: "k1", "k2" or "k3" of joschu.net/blog/kl-approx."""
     d = log_difference(log_probs, reference_log_probs, action_mask).clamp(-20, 20)
-    return known(KL_ESTIMATORS, estimator, "estimator")(d)
+    if estimator not in KL_ESTIMATORS:
+        raise ValueError(f"estimator = {estimator!r}; expected one of {', '.join(map(repr, KL_ESTIMATORS))}")
+    return KL_ESTIMATORS[estimator](d)
 
 
 @objective(data="prompts", per=per_reduction)
 def kl(log_probs, reference_log_probs, action_mask, *, estimator="k3", reduction="token", max_new_tokens=256):
     """KL to the reference as a term of the loss: {"ppo": 1.0, "kl": 0.05}. k2's gradient is that of the KL, k3's is not quite;
     k1's is 0 in expectation, and refused."""
-    if estimator == "k1":
-        raise ValueError("estimator = 'k1': its gradient is 0 in expectation; k2 or k3 as a loss, k1 in the reward")
     values = kl_estimate(log_probs, reference_log_probs, action_mask, estimator)
     metrics = {"kl": (kl_estimate(log_probs, reference_log_probs, action_mask), action_mask)}
     return *token_reduced(values, action_mask, reduction, max_new_tokens), metrics
@@ -898,7 +937,7 @@ def value(values, old_values, returns, action_mask, *, value_clip=0.0, reduction
 def gae(rewards: Tensor, values: Tensor, action_mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation, arXiv:1506.02438 eq. 16 -> advantages, returns (R, L). Gaps in the mask are skipped."""
     rewards, values = (masked(x, action_mask).detach() for x in (rewards, values))
-    advantage = next_value = torch.zeros_like(values[:, 0])
+    advantage = next_value = values.new_zeros(len(values))
     advantages = torch.zeros_like(values)
     for t in reversed(range(values.shape[1])):
         here = action_mask[:, t]
@@ -982,7 +1021,7 @@ def _logits(hidden, weight, temperature):
         logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)  # rounding logits to bf16 costs 0.03 nat a token
     else:
         logits = hidden @ weight.t()
-    return logits if temperature == 1 else logits / temperature
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -1016,17 +1055,18 @@ class _LinearLogProbs(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(h) if need_hidden else None
         grad_weight = torch.zeros_like(w, dtype=grad_logps.dtype) if need_weight else None
-        for start in range(0, len(h), ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            grad = body(h[rows], w, target[rows], ctx.temperature, grad_logps[rows], grad_entropy[rows] if ctx.entropy else None)
-            grad = grad.to(h.dtype)
-            if need_hidden:
-                torch.mm(grad, w, out=grad_hidden[rows])
-            if need_weight and grad.dtype == grad_weight.dtype:
-                grad_weight.addmm_(grad.t(), h[rows])
-            elif need_weight:
-                grad_weight += torch.mm(grad.t(), h[rows], out_dtype=grad_weight.dtype)
-            del grad  # before the next chunk is made
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(h), ctx.chunk):
+                rows = slice(start, start + ctx.chunk)
+                upstream = grad_logps[rows], grad_entropy[rows] if ctx.entropy else None
+                grad = body(h[rows], w, target[rows], ctx.temperature, *upstream).to(h.dtype)
+                if need_hidden:
+                    torch.mm(grad, w, out=grad_hidden[rows])
+                if need_weight and grad.dtype == grad_weight.dtype:
+                    grad_weight.addmm_(grad.t(), h[rows])
+                elif need_weight:
+                    grad_weight += torch.mm(grad.t(), h[rows], out_dtype=grad_weight.dtype)
+                del grad  # before the next chunk is made
         return (grad_hidden.to(hidden.dtype) if need_hidden else None,
                 grad_weight.to(weight.dtype) if need_weight else None, *[None] * 6)
 
@@ -1041,5 +1081,8 @@ def linear_log_probs(hidden: Tensor, weight: Tensor, target: Tensor, *, temperat
     FLOPs instead of 6NVD, and memory for one chunk only. chunk: rows at a time (0: by `head_chunk`). compiled: chunk bodies
     through torch.compile; N is then best a multiple of chunk.
     """
+    same_shape(hidden[:, 0], target)
+    if not temperature > 0:
+        raise ValueError(f"temperature = {temperature}; expected above 0")
     chunk = chunk or head_chunk(len(weight), hidden.device.type)
     return _LinearLogProbs.apply(hidden, weight, target, temperature, entropy, collision, chunk, compiled)

@@ -193,9 +193,7 @@ def train(cfg):
                 loss, metrics = losses.total(terms, streams, batch, counts)
                 scaler.scale(loss * machine.world).backward()  # DDP averages over ranks, the counts are of all of them
             meter.add(loss, metrics)
-        for name in running:
-            added = machine.sum(meter.sums[losses.RUNNING[name]].clone())
-            running[name] += torch.where(added.isfinite().all(), added, 0)  # one bad step would spoil all later ones
+        add_step(running, meter, machine)
         lr = learning_rate(cfg, step - 1, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -308,6 +306,16 @@ def running_source(running: dict) -> Callable:
     return add
 
 
+def add_step(running: dict, meter: "Meter", machine: Machine):
+    """A step's sums into the running ones; not if they are not finite, they would spoil all later steps."""
+    for name in running:
+        metric = losses.RUNNING[name]
+        if metric not in meter.sums:
+            raise ValueError(f"{name} is the running mean of the metric {metric!r}, and no loss of this run reports it")
+        added = machine.sum(meter.sums[metric].clone())
+        running[name] += torch.where(added.isfinite().all(), added, 0)
+
+
 def step_source(decoder, terms: list, outputs: list[str], machine: Machine) -> Callable:
     """What coupled losses read of the whole step, by a pass without gradient. Runs after all other sources. (An eval couples
     the rows of each piece of data.in_order; alone in its step, a micro-batch needs no pass.)"""
@@ -315,15 +323,16 @@ def step_source(decoder, terms: list, outputs: list[str], machine: Machine) -> C
 
     def add(batches: list[dict]):
         if machine.world == len(batches) == 1:
-            nothing = torch.empty(0, device=machine.device)
-            batches[0]["step"] = losses.Step(1, dict.fromkeys(wanted, (nothing, nothing)))
+            batches[0]["step"] = losses.Step(1, {})
             return
         with torch.no_grad(), machine.autocast():
             mine = [{name: losses.read(reading, available) for name, reading in wanted.items()}
                     for available in ({**batch, **decoder(batch, outputs)} for batch in batches)]
+        for name in [name for name, own in mine[0].items() if own.dim() > 1]:
+            raise ValueError(f"{name} has shape {tuple(mine[0][name].shape)}: a coupled loss reads (n,) and () tensors alone")
         parts = int(machine.sum(torch.tensor(float(len(batches)), device=machine.device)))
         others = [{} for _ in batches]
-        for name in wanted:
+        for name in [name for name in wanted if mine[0][name].dim()]:  # a number is the same in every micro-batch
             own = [readings[name] for readings in mine]
             ranks = machine.gather(torch.cat(own))
             for i in range(len(batches)):

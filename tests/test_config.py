@@ -80,7 +80,7 @@ def test_values_of_the_command_line(arguments, key, value):
     (["--truncation=cutt"], "truncation = 'cutt'; expected one of 'cut', 'drop', 'error'"),
     (["--compile=maybe"], "compile = 'maybe'; expected one of True, False, 'auto'"),
     (["--batch_size=0"], "batch_size = 0; expected at least 1"), (["--lr=-1e-6"], "lr = -1e-06; expected at least 0"),
-    (["--objective=dpo", "--beta=0"], "beta = 0.0; expected above 0"), (["--objective=dpo", "--label_smoothing=-0.1"], "label_smoothing = -0.1; expected at least 0"),
+    (["--objective=dpo", "--beta=0"], "command line: dpo: beta = 0.0; expected above 0"), (["--objective=dpo", "--label_smoothing=-0.1"], "label_smoothing = -0.1; expected between 0 and 1"),
     (["--objective=kd", "--jsd_beta=1.5"], "jsd_beta = 1.5; expected between 0 and 1"), (["--max_length=1"], "max_length = 1; expected at least 2"),
     (["--lr=-1"], "lr = -1.*; expected at least 0"), (["--lr=1e999", "--lr=-1e999"], "lr = -inf; expected at least 0"),
     (["--out_dir"], "out_dir"), (["--out_dir", "--resume"], "out_dir"),
@@ -159,8 +159,11 @@ def test_hyperparameters_that_several_losses_have():
     assert [given["beta"] for given in load(two, "--beta=0.3", "--ipo_beta=0.2").bound.values()] == [0.3, 0.2]
     assert [given["beta"] for given in load("--objective={'dpo': 1, 'simpo': 1}").bound.values()] == [0.1, 2.0]
     refused("beta is not the same thing in dpo and simpo; set dpo_beta and simpo_beta apart", "--objective={'dpo': 1, 'simpo': 1}", "--beta=0.3")
-    refused("simpo_beta = -1.0; expected above 0", "--objective={'dpo': 1, 'simpo': 1}", "--simpo_beta=-1")
+    refused("simpo: beta = -1.0; expected above 0", "--objective={'dpo': 1, 'simpo': 1}", "--simpo_beta=-1")
     refused("unknown key 'simpo_beta'", "--objective=dpo", "--simpo_beta=1")
+    refused("beta sets nothing, each of dpo and ipo has its own", two, "--beta=0.3", "--ipo_beta=0.2", "--dpo_beta=0.1")
+    layers = [("file", dict(objective="dpo", dpo_beta=0.5)), ("command line", dict(beta=0.3))]
+    assert config.resolve(layers).bound["dpo"]["beta"] == 0.3  # later ones win
     assert config.digest(load(two, "--beta=0.3")) == config.digest(load(two, "--dpo_beta=0.3", "--ipo_beta=0.3"))
     assert config.digest(load(two, "--beta=0.3")) != config.digest(load(two, "--beta=0.3", "--ipo_beta=0.2"))
 

@@ -32,6 +32,15 @@ def test_fused_equals_naive(rows, chunk, temperature, compiled):
         assert (expected - found).norm() <= 1e-5 * expected.norm()
 
 
+def test_backward_under_autocast():
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    target = torch.tensor([0, 6, 3, 3, 1])
+    plain = torch.autograd.grad(losses.linear_log_probs(hidden, weight, target)[0].sum(), (hidden, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(losses.linear_log_probs(hidden, weight, target)[0].sum(), (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside))
+
+
 def test_fused_gradcheck_and_frozen_head():
     hidden, weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True), torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([0, 6, 3, 3, 1])

@@ -1,7 +1,8 @@
 """Our losses against the code of TRL, Liger-Kernel and OpenRLHF, where it is installed: `python -m pytest tests -m peers`.
 
-TRL's losses live in trainers, so its real trainers are built on a tiny Llama and asked for the loss and the gradient of a
-real batch; ours get the log-probs of the same batch. README lists where the peers differ, and `test_where_*` show it.
+TRL's DPO, KTO and GRPO losses live in trainers, so these are built on a tiny Llama and asked for the loss and the gradient of
+a real batch; ours get the log-probs of the same batch. Its other losses are functions, or methods that are called as such.
+README lists where the peers differ; `test_where_*` show it, but for what TRL's CPO and ORPO trainers add to their losses.
 """
 import os
 import types
@@ -164,12 +165,29 @@ def test_where_trl_ignores_an_option(dpo_trainer):
     assert plain.item() == theirs.item() and abs(ours - theirs) > 1e-3
 
 
-def test_where_trl_overflows(dpo_trainer):
-    """discopop's exp(-x) sigmoid(x / tau) is inf * 0 for a very wrong pair in TRL's form; here it is finite."""
-    x = torch.tensor([-200.0])
-    theirs = -torch.nn.functional.logsigmoid(x) * (1 - torch.sigmoid(x / 0.05)) + torch.exp(-x) * torch.sigmoid(x / 0.05)
-    zero = torch.zeros(1)
-    assert theirs.isnan() and losses.discopop(x, zero, zero, zero, beta=1.0)[0].isfinite().all()
+def test_where_discopop_overflows():
+    """exp(-x) sigmoid(x / tau) is inf * 0 for a very wrong pair in Liger's form, which is TRL's; here it is finite."""
+    liger = pytest.importorskip("liger_kernel.chunked_loss.dpo_loss").LigerFusedLinearDPOFunction
+    x, zero = torch.tensor([-200.0]), torch.zeros(1)
+    assert liger.preference_loss_fn(x, zero, torch.zeros(2), zero, zero, beta=1.0, loss_type="discopop")[0].isnan()
+    assert losses.discopop(x, zero, zero, zero, beta=1.0)[0].isfinite().all()
+
+
+def test_where_trl_counts_a_tie_as_wrong(trl, tmp_path):
+    trainer = make_dpo_trainer(trl, tmp_path)
+    trainer.ref_model.load_state_dict(trainer.model.state_dict())
+    _, x = trl_dpo(trainer, "sigmoid")
+    metrics = losses.dpo(*(x[name].detach() for name in losses.OBJECTIVES["dpo"].reads))[2]
+    assert trainer._metrics["train"]["rewards/accuracies"] == [0.0] and (metrics["rewards/accuracies"][0] == 0.5).all()
+
+
+def test_the_nll_term_against_trl(dpo_trainer):
+    """loss_type "sft" of TRL's DPO is what nll_coef adds."""
+    theirs, x = trl_dpo(dpo_trainer, "sft")
+    batch, outputs = as_stream(x)
+    term = losses.bind("sft", 1.0, losses.OBJECTIVES["sft"].hyperparameters)
+    ours, _ = losses.total([term], outputs, batch, {"demonstrated_tokens": int(batch["lengths"][:len(batch["chosen"])].sum())})
+    assert_same(ours, theirs, list(dpo_trainer.model.parameters()))
 
 
 @pytest.mark.parametrize("loss_type, name", [("kto", "kto"), ("apo_zero_unpaired", "apo_zero_unpaired")])
@@ -257,6 +275,23 @@ def grpo_trainer(trl, tmp_path_factory):
     ("cispo", "token", "cispo", {}), ("sapo", "token", "sapo", {})])
 @pytest.mark.parametrize("beta", [0.0, 0.05])
 def test_policy_losses_against_trl(grpo_trainer, loss_type, level, name, options, beta):
+    ours, theirs = policy_pair(grpo_trainer, loss_type, level, name, options, beta)
+    assert_same(ours, theirs, list(grpo_trainer.model.parameters()))
+
+
+def test_where_trl_weighs_its_kl_by_the_ratio(grpo_trainer):
+    """use_bias_correction_kl, its default: another value once the ratio is not 1, another gradient at once."""
+    grpo_trainer.args.use_bias_correction_kl = True
+    for stale in (True, False):
+        ours, theirs = policy_pair(grpo_trainer, "bnpo", "token", "ppo", {}, 5.0, stale)
+        assert (abs(ours - theirs) > 2e-5) == stale
+        a, b = (torch.autograd.grad(x, grpo_trainer.model.lm_head.weight)[0] for x in (ours, theirs))
+        assert (a - b).norm() > 1e-2 * b.norm()
+    grpo_trainer.args.use_bias_correction_kl = False
+
+
+def policy_pair(grpo_trainer, loss_type, level, name, options, beta, stale=True):
+    """Our loss and TRL's of a batch whose old log-probs are an older policy's (stale) or this one's."""
     _, old, rollout, reference, advantages, mask = rollouts()
     t = grpo_trainer
     t.loss_type, t.importance_sampling_level, t.beta, t.max_completion_length = loss_type, level, beta, 9
@@ -266,7 +301,7 @@ def test_policy_losses_against_trl(grpo_trainer, loss_type, level, name, options
     ids, attention = torch.cat([prompt, completion], 1), torch.cat([torch.ones_like(prompt), mask.long()], 1)  # padding of the right is no key
     logits = t.model(input_ids=ids, attention_mask=attention).logits[:, 2:-1] / t.temperature
     new = logits.log_softmax(-1).gather(-1, completion[..., None])[..., 0]
-    old, reference = new.detach() + 0.3 * (old + 2), new.detach() + 0.3 * (reference + 2)
+    old, reference = new.detach() + 0.3 * stale * (old + 2), new.detach() + 0.3 * (reference + 2)
     theirs = t._compute_loss(t.model, {
         "prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": completion, "completion_mask": mask.long(),
         "advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": reference, "num_items_in_batch": mask.sum()})
@@ -275,7 +310,7 @@ def test_policy_losses_against_trl(grpo_trainer, loss_type, level, name, options
     if beta:
         reduction = {"reduction": "sequence"} if loss_type in ("grpo", "sapo") else {k: v for k, v in options.items() if k in ("reduction", "max_new_tokens")}
         ours = ours + beta * total_of(losses.kl(new, reference, mask, **reduction), mask)
-    assert_same(ours, theirs, list(t.model.parameters()))
+    return ours, theirs
 
 
 def total_of(result, action_mask):
@@ -406,6 +441,10 @@ def test_language_model_losses_against_openrlhf(openrlhf):
     label = losses.next_label(labels)  # it masks with the labels as they are given: here the right ones are given
     theirs = of(openrlhf, "KDLoss")()(logits, teacher.detach(), label)
     assert_same(mean(losses.kd, logits, teacher.detach(), label, alpha=1.0), theirs, [logits])
+    as_they_come = openrlhf.KDLoss()(logits, teacher.detach(), labels)  # of logits that predict the next token
+    grads = [torch.autograd.grad(x, logits, retain_graph=True)[0].abs().sum(-1) > 0 for x in (theirs, as_they_come)]
+    assert grads[0][0].tolist() == [False, False, True, True, True, True, False]  # from the last prompt token on
+    assert grads[1][0].tolist() == [False, False, False, True, True, True, True]  # without the first response token
 
 
 @pytest.mark.parametrize("soft", [False, True])

@@ -210,6 +210,21 @@ def test_the_running_mean_is_of_all_steps_before(tmp_path, monkeypatch):
     assert lines(tmp_path / "delta")[-1]["loss"] != pytest.approx(lines(tmp_path / "none")[-1]["loss"], rel=1e-6)
 
 
+def test_a_step_that_is_not_finite_is_left_out_of_the_running_mean():
+    running, alone = {"running_reward": torch.zeros(2, dtype=torch.float64)}, train.Machine(0, 1, "cpu", torch.float32, False)
+    for value in (3.0, float("nan"), float("inf"), 5.0):
+        meter = train.Meter()
+        meter.add(torch.zeros(()), {"rewards/mean": (torch.tensor(value), torch.tensor(2.0))})
+        train.add_step(running, meter, alone)
+    assert running["running_reward"].tolist() == [8.0, 4.0]
+
+
+def test_counts_are_those_that_losses_know():
+    assert data.count([]).keys() - {"stream_tokens"} <= set(losses.COUNTS)
+    with pytest.raises(ValueError, match="the running mean of the metric 'rewards/mean', and no loss of this run reports it"):
+        train.add_step({"running_reward": torch.zeros(2)}, train.Meter(), None)
+
+
 def test_bad_input_is_one_line(tmp_path):
     done = run(["--config=configs/dpo.py", "--bta=0.1"], check=False)
     assert done.returncode == 1
