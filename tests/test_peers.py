@@ -286,7 +286,7 @@ def test_where_trl_weighs_its_kl_by_the_ratio(grpo_trainer):
         ours, theirs = policy_pair(grpo_trainer, "bnpo", "token", "ppo", {}, 5.0, stale)
         assert (abs(ours - theirs) > 2e-5) == stale
         a, b = (torch.autograd.grad(x, grpo_trainer.model.lm_head.weight)[0] for x in (ours, theirs))
-        assert (a - b).norm() > 1e-2 * b.norm()
+        assert (a - b).norm() > 1e-3 * b.norm()
     grpo_trainer.args.use_bias_correction_kl = False
 
 
