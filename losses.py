@@ -112,11 +112,14 @@ def bind(name: str, weight: float, hyperparameters: dict, compile: bool = False)
 
 
 @functools.cache
-def compiled(function: Callable, dynamic: bool = True) -> Callable:
+def compiled(function: Callable, dynamic: bool = True, backend: str = "inductor") -> Callable:
     """The function as one graph that serves batches of any size: sizes of 0 and 1, sizes that are equal, and calls without
-    gradient are graphs of their own, of which a loss of several tensors has more than torch allows by default."""
+    gradient are graphs of their own, of which a loss of several tensors has more than torch allows by default.
+    Hyperparameters are constants of a graph: as inputs of one they may come out of torch's disk cache with the value of
+    another run (pytorch/pytorch#194976)."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(function, fullgraph=True, dynamic=dynamic)
+    torch._dynamo.config.specialize_float = True
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
 
 
 def streams(terms: list[Term]) -> set[str]:
@@ -568,7 +571,8 @@ def apo_down(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
 def discopop(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *,
              beta=0.1, tau=0.05):
     """Discovered preference optimization, arXiv:2406.08414 eq. 5: x = beta (c - r), m = sigmoid(x / tau):
-    -log sigmoid(x) (1 - m) + exp(-x) m, the last as exp(-x + log m) so that it stays finite; above tau = 1 it has no bound. (log 2 + 1) / 2 at the start."""
+    -log sigmoid(x) (1 - m) + exp(-x) m, the last as exp(-x + log m) so that it stays finite; above
+    tau = 1 it has no bound. (log 2 + 1) / 2 at the start."""
     c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     x = beta * (c - r)
     values = -F.logsigmoid(x) * (-x / tau).sigmoid() + (F.logsigmoid(x / tau) - x).exp()

@@ -3,7 +3,6 @@
 `CASES` holds the restatements; a loss that is registered and has none fails here. They are plain: log(1 / (1 + exp(-x))),
 one row or one token at a time, and take their gradient from autograd in float64.
 """
-import functools
 import math
 import subprocess
 import sys
@@ -559,7 +558,7 @@ def assert_compiled_equals_eager(name: str, backend: str, options: dict = {}):
     function = losses.OBJECTIVES[name].loss
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    compiled = losses.compiled.__wrapped__(function, backend=backend)
     for rows, longest in zip(range(3, 13), range(16, 6, -1)):
         given = inputs(name, rows, longest, seed=rows, dtype=torch.float32)
         (values, grads), (found, slopes) = (evaluate(f, given, **options) for f in (function, compiled))
@@ -584,17 +583,27 @@ def test_every_loss_and_option_compiled_by_inductor(name, options, restated):
     assert_compiled_equals_eager(name, "inductor", options)
 
 
+def test_compiled_hyperparameters_do_not_come_from_another_run():
+    """Bounds of a clamp, which torch's disk cache of graphs may otherwise hand on from a run with others."""
+    for options in ({}, dict(clip_eps_low=0.1, clip_eps_high=0.3)):
+        torch._dynamo.reset()
+        compiled = losses.compiled.__wrapped__(losses.OBJECTIVES["ppo"].loss)
+        for rows in (3, 4):
+            given = inputs("ppo", rows, dtype=torch.float32)
+            (values, grads), (found, slopes) = (evaluate(f, given, **options) for f in (losses.ppo, compiled))
+            assert (values - found).abs().max() < 1e-5 and (grads[0] - slopes[0]).abs().max() < 1e-5
+
+
 def test_the_compiled_version_is_made_once():
     assert losses.compiled(losses.dpo) is losses.compiled(losses.dpo)
 
 
 @pytest.mark.parametrize("name", losses.OBJECTIVES)
-def test_the_compiled_version_takes_every_size(name, monkeypatch):
+def test_the_compiled_version_takes_every_size(name):
     """No rows, one row, classes of one size, tokens as many as rows, with and without gradient, fp16 and fp32: graphs of their
     own, and never an error about too many of them."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    function, compiled = losses.OBJECTIVES[name].loss, losses.compiled.__wrapped__(getattr(losses, name))
+    function, compiled = losses.OBJECTIVES[name].loss, losses.compiled.__wrapped__(getattr(losses, name), backend="eager")
     for rows, longest, dtype in [(r, n, torch.float32) for r in (0, 1, 2, 5) for n in (1, 2, 5, 7)] + [(4, 6, torch.float16)]:
         given = inputs(name, rows, longest, dtype=dtype)
         if losses.OBJECTIVES[name].data == "kto":
