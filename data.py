@@ -9,6 +9,7 @@ Shapes: T stream tokens, N scored tokens, R responses, P pairs, S segments.
 import difflib
 import glob
 import gzip
+import itertools
 import json
 import zlib
 from collections import Counter
@@ -62,7 +63,9 @@ class Draft(NamedTuple):
     prompt: str | list
     responses: list
     demonstrated: list  # of each response: is it to be imitated
-    pairs: list = []  # (chosen, rejected) indices of responses
+    chosen: list = []  # indices of the responses that are preferred, each to the one at its place in rejected; of rows with a
+    rejected: list = []  # label: those that are desirable, and those that are not
+    margin: list = []  # of each pair
 
 
 def text_field(row: dict, key: str) -> str:
@@ -162,7 +165,15 @@ def shared_prompt(chosen: str | list, rejected: str | list) -> int:
 
 def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
     """{prompt, chosen, rejected} as text or messages; {chosen, rejected} as whole texts or conversations that share a
-    prompt, HH transcripts included; ShareGPT {conversations, chosen, rejected}."""
+    prompt, HH transcripts included; ShareGPT {conversations, chosen, rejected}; each with a margin or without. {prompt,
+    responses}: a ranking, best first, of which every pair counts."""
+    if "responses" in row and "prompt" in row:
+        prompt, ranked = text_or_messages(row, "prompt"), row["responses"]
+        if not isinstance(ranked, list) or len(ranked) < 2:
+            raise ValueError(f"'responses' should be a list of at least two, best first, found {str(ranked)[:60]!r}")
+        ranked = [as_response(prompt, text_or_messages({"responses": r}, "responses")) for r in ranked]
+        better, worse = zip(*itertools.combinations(range(len(ranked)), 2))
+        return Draft(prompt, ranked, [True] + [False] * (len(ranked) - 1), [*better], [*worse], [0.0] * len(better))
     missing = [key for key in ("chosen", "rejected") if key not in row]
     if missing:
         raise ValueError(f"found keys {list(row)}; expected chosen and rejected, and prompt or conversations beside them "
@@ -181,7 +192,23 @@ def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
     else:
         raise ValueError("'chosen' and 'rejected' should both be text or both be messages")
-    return Draft(prompt, [as_response(prompt, chosen), as_response(prompt, rejected)], [True, False], [(0, 1)])
+    margin = row.get("margin") or 0.0
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+        raise ValueError(f"'margin' should be a number, found {str(margin)[:60]!r}")
+    return Draft(prompt, [as_response(prompt, chosen), as_response(prompt, rejected)], [True, False], [0], [1], [float(margin)])
+
+
+def kto_row(row: dict, train_on: str, chat: bool) -> Draft:
+    """{prompt, completion, label}, {messages, label} (anything that sft takes, with a label: true is desirable); or a
+    preference row, whose two responses are one of each."""
+    if "label" not in row:
+        if "chosen" in row:
+            return preference_row(row, train_on, chat)._replace(margin=[])
+        raise ValueError(f"found keys {list(row)}; expected label beside prompt and completion or messages, or a preference row")
+    if not isinstance(row["label"], bool) and row["label"] not in (0, 1):
+        raise ValueError(f"'label' should be true or false, found {str(row['label'])[:60]!r}")
+    draft, good = sft_row(row, train_on, chat), bool(row["label"])
+    return draft._replace(demonstrated=[good], chosen=[0] * good, rejected=[0] * (not good))
 
 
 def prompt_row(row: dict, train_on: str, chat: bool) -> Draft:
@@ -191,8 +218,8 @@ def prompt_row(row: dict, train_on: str, chat: bool) -> Draft:
     return Draft(text_or_messages(row, "prompt"), [], [])
 
 
-FORMATS = {"sft": sft_row, "preference": preference_row, "prompts": prompt_row}
-TRAIN_ON = {"sft": "all", "preference": "last", "prompts": "last"}  # which assistant turns, unless the config says
+FORMATS = {"sft": sft_row, "preference": preference_row, "kto": kto_row, "prompts": prompt_row}
+TRAIN_ON = {"sft": "all", "preference": "last", "kto": "last", "prompts": "last"}  # which assistant turns, unless the config says
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
@@ -285,7 +312,9 @@ class Example(NamedTuple):
     responses: list  # of ids
     scored: list  # of boolean masks: the tokens that are trained
     demonstrated: list
-    pairs: list
+    chosen: list
+    rejected: list
+    margin: list
     where: str  # file:line
     row: dict | None = None  # prompts only: what a reward or a check may want
 
@@ -348,7 +377,7 @@ def tokenize(drafts: list[tuple], tokenizer: Tokenizer, mode: str, counts: Count
         text = isinstance(draft.prompt, str)  # a template writes its own BOS
         if text and tokenizer.adds_bos and prompt_ids[:1] != [tokenizer.bos] or not prompt_ids:
             prompt_ids = [tokenizer.eos if tokenizer.bos is None else tokenizer.bos, *prompt_ids]
-        examples.append(Example(np.array(prompt_ids, np.int32), all_ids, all_scored, draft.demonstrated, draft.pairs, where))
+        examples.append(Example(np.array(prompt_ids, np.int32), all_ids, all_scored, *draft[2:], where))
     return examples
 
 
@@ -383,10 +412,17 @@ COUNTS = ("read", "used", "truncated", "dropped", "bad", "apart")  # apart: join
 class Dataset(NamedTuple):
     examples: list
     offsets: np.ndarray  # (len + 1,) scored tokens before each example: where its columns lie in a flat table
+    pair_offsets: np.ndarray  # (len + 1,) pairs before each example
     counts: Counter  # of rows: COUNTS
 
     def __len__(self):
         return len(self.examples)
+
+
+def as_dataset(examples: list[Example], counts: Counter) -> Dataset:
+    before = lambda sizes: np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    return Dataset(examples, before([sum(int(mask.sum()) for mask in e.scored) for e in examples]),
+                   before([len(e.chosen) for e in examples]), counts)
 
 
 def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: bool = True) -> Dataset:
@@ -423,8 +459,7 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
     counts["used"] = len(examples)
     if not examples:
         raise ValueError(f"{paths}: no row left to train on ({dict(counts)})")
-    scored = [sum(int(mask.sum()) for mask in e.scored) for e in examples]
-    return Dataset(examples, np.concatenate([[0], np.cumsum(scored, dtype=np.int64)]), counts)
+    return as_dataset(examples, counts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -436,11 +471,36 @@ def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
 
 
 def step_rows(dataset: Dataset, step: int, batch_size: int, seed: int) -> np.ndarray:
-    """Indices of the examples of an optimizer step: a function of (seed, step). Each epoch is its own shuffle; the last
-    step of an epoch is what is left."""
+    """Indices of the examples of an optimizer step: a function of (seed, step). Each epoch is its own shuffle, in which
+    desirable and undesirable rows take turns by their shares; the last step of an epoch is what is left."""
     epoch, at = divmod(step, steps_per_epoch(dataset, batch_size))
     order = np.random.default_rng((seed, epoch)).permutation(len(dataset))
-    return order[at * batch_size:(at + 1) * batch_size]
+    kind = np.array([2 * bool(dataset.examples[i].chosen) + bool(dataset.examples[i].rejected) for i in order])
+    turn = np.empty(len(order))
+    for members in (np.flatnonzero(kind == k) for k in np.unique(kind)):
+        turn[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return order[np.argsort(turn, kind="stable")][at * batch_size:(at + 1) * batch_size]
+
+
+def mismatched(dataset: Dataset, seed: int, epoch: int, max_length: int) -> Dataset:
+    """Each prompt with responses of other prompts in the place of its own: what KTO measures its KL on. Whose they are is a
+    function of (seed, epoch, row). Responses are cut to what max_length leaves."""
+    prompts = [e.prompt.tobytes() for e in dataset.examples]
+    if len(set(prompts)) < 2:
+        raise ValueError(f"{dataset.examples[0].where}: every row has this row's prompt, and KTO needs responses of other prompts")
+    made = []
+    for i, e in enumerate(dataset.examples):
+        rng, responses = np.random.default_rng((seed, epoch, i)), []
+        for _ in e.responses:
+            j = i
+            while prompts[j] == prompts[i]:
+                j = int(rng.integers(len(prompts)))
+            k = int(rng.integers(len(dataset.examples[j].responses)))
+            room = max(1, max_length - len(e.prompt))
+            responses.append((dataset.examples[j].responses[k][:room], dataset.examples[j].scored[k][:room]))
+        ids, scored = map(list, zip(*responses))
+        made.append(e._replace(responses=ids, scored=scored))
+    return as_dataset(made, dataset.counts)
 
 
 def in_order(dataset: Dataset, size: int = 256) -> list[np.ndarray]:
@@ -478,7 +538,7 @@ def count(examples: list[Example]) -> dict[str, int]:
     shown = [d for e in examples for d in e.demonstrated]
     return {"stream_tokens": sum(e.length for e in examples), "tokens": sum(scored), "responses": len(scored),
             "demonstrated_tokens": sum(n for n, d in zip(scored, shown) if d), "demonstrations": sum(shown),
-            "pairs": sum(len(e.pairs) for e in examples), "examples": len(examples)}
+            "pairs": sum(len(e.chosen) for e in examples), "examples": len(examples)}
 
 
 class Layout(NamedTuple):
@@ -503,18 +563,24 @@ def micro_batches(dataset: Dataset, rows: np.ndarray, layout: Layout, rank: int 
 
 
 def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) -> dict:
-    """Examples of one stream -> its tensors (T,), (N,), (R,), (P,) and, on the host, its sizes."""
+    """Examples of one stream -> its tensors (T,), (N,), (R,), (P,) and, on the host, its sizes. last (R,): the place of a
+    response's last token; example, rank (R,): whose response it is, and which one."""
     tokens, positions, spans = [], [], []  # a span: begin, length, begin and length of the prompt it also sees
     columns = {"predict_from": [], "target": [], "response": [], "place": [], "scored_index": []}
-    lengths, demonstrated, pairs, rows, at = [], [], [], [], 0
-    for index, e in members:
+    lengths, last, chosen, rejected, margin, pair_index, of, rank, at = [], [], [], [], [], [], [], [], 0
+    for nth, (index, e) in enumerate(members):
         begin, n, seen = at, len(e.prompt), int(dataset.offsets[index])
         tokens.append(e.prompt)
         positions.append(np.arange(n))
         spans.append((begin, n, begin, 0))
         at += n
-        pairs += [(len(lengths) + a, len(lengths) + b) for a, b in e.pairs]
-        for ids, scored, shown in zip(e.responses, e.scored, e.demonstrated):
+        chosen += [len(lengths) + i for i in e.chosen]
+        rejected += [len(lengths) + i for i in e.rejected]
+        margin += e.margin
+        pair_index += range(dataset.pair_offsets[index], dataset.pair_offsets[index + 1])
+        of += [nth] * len(e.responses)
+        rank += range(len(e.responses))
+        for ids, scored in zip(e.responses, e.scored):
             places = np.flatnonzero(scored)
             before = at + places - 1  # a token is predicted one place before itself, the first one at the prompt's end
             before[places == 0] = begin + n - 1
@@ -528,8 +594,7 @@ def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) 
             spans.append((at, len(ids), begin, n))
             at, seen = at + len(ids), seen + len(places)
             lengths.append(len(places))
-            demonstrated.append(shown)
-            rows.append(index)
+            last.append(at - 1)
     length = max(at, 1)
     if layout.static:
         length = next(size for size in (layout.tokens // 4, layout.tokens // 2, layout.tokens) if size >= at)
@@ -543,10 +608,13 @@ def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) 
     fill = {"response": len(lengths)}  # padding lands in a row past the last response
     flat = {name: np.concatenate([*parts, np.full(extra, fill.get(name, 0))]).astype(np.int64)
             for name, parts in columns.items()}
+    whole = dict(lengths=lengths, last=last, example=of, rank=rank, rows=[members[nth][0] for nth in of], chosen=chosen,
+                 rejected=rejected, pair_index=pair_index)
     flat.update(tokens=np.concatenate(tokens).astype(np.int64), positions=np.concatenate(positions),
-                lengths=np.array(lengths, np.int64), demonstrated=np.array(demonstrated, bool), rows=np.array(rows, np.int64),
-                chosen=np.array([a for a, _ in pairs], np.int64), rejected=np.array([b for _, b in pairs], np.int64))
-    sizes = {"num_responses": len(lengths), "longest": max(lengths, default=1), "scored": scored}
+                **{name: np.array(values, np.int64) for name, values in whole.items()}, margin=np.array(margin, np.float32),
+                demonstrated=np.array([shown for _, e in members for shown in e.demonstrated], bool))
+    sizes = {"num_responses": len(lengths), "longest": max(lengths, default=1), "scored": scored, "num_examples": len(members),
+             "most_responses": max((len(e.responses) for _, e in members), default=1)}
     flat.update((varlen_segments if layout.varlen else grouped_segments)(spans))
     return {**sizes, **to_device(flat, layout.device)}
 

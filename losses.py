@@ -182,6 +182,11 @@ def by_response(batch: dict, stream: Tensor) -> Tensor:
     return table.index_put((batch["response"], batch["place"]), stream)[:-1]
 
 
+def by_rank(batch: dict, stream: Tensor) -> Tensor:
+    """(R,) -> (Q, K): what the responses of each example have, in their order, zeros behind them."""
+    return stream.new_zeros(batch["num_examples"], batch["most_responses"]).index_put((batch["example"], batch["rank"]), stream)
+
+
 def action_mask(batch: dict) -> Tensor:
     return torch.arange(batch["longest"], device=batch["lengths"].device) < batch["lengths"][:, None]  # (R, L)
 
@@ -218,9 +223,11 @@ READINGS = {
     "running_reward": column("running_reward"),  # () as RUNNING says
     "chosen_reward": score("reward", "chosen"),
     "reject_reward": score("reward", "rejected"),
-    **{name: column(name) for name in ("margin", "ranked_rewards", "rank_mask", "step_logits", "step_labels", "step_mask",
-                                       "logits", "teacher_logits", "label")},
+    "ranked_rewards": Reading(("reward",), by_rank),
+    "rank_mask": Reading((), lambda batch: by_rank(batch, torch.ones_like(batch["rank"], dtype=torch.bool))),
+    **{name: column(name) for name in ("margin", "step_logits", "step_labels", "step_mask", "logits", "teacher_logits", "label")},
 }
+PREDICTED = {"chosen_reward": "chosen", "reject_reward": "rejected"}  # readings that eval writes down for every pair, under a key
 REPORTED = {"policy_chosen_logps": "logps/chosen", "policy_rejected_logps": "logps/rejected"}  # readings that are metrics too
 RUNNING = {"running_reward": "rewards/mean"}  # reading -> metric: its mean over all earlier steps
 
@@ -624,7 +631,7 @@ def label_metrics(desirable_rewards: Tensor, undesirable_rewards: Tensor) -> dic
     return {"rewards/desirable": (desirable_rewards, None), "rewards/undesirable": (undesirable_rewards, None)}
 
 
-@objective(data="kto", per="examples", show="rewards/desirable")
+@objective(data="kto", per="responses", show="rewards/desirable")
 def kto(policy_chosen_logps, policy_rejected_logps, policy_KL_logps,
         reference_chosen_logps, reference_rejected_logps, reference_KL_logps, *,
         beta=0.1, desirable_weight=1.0, undesirable_weight=1.0):
@@ -640,7 +647,7 @@ def kto(policy_chosen_logps, policy_rejected_logps, policy_KL_logps,
     return values, None, {**label_metrics(beta * c, beta * r), "kl": (z0[None], None)}
 
 
-@objective(data="kto", per="examples", show="rewards/desirable", coupled=True)
+@objective(data="kto", per="responses", show="rewards/desirable", coupled=True)
 def kto_vanilla(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *,
                 beta=0.1, detach_kl=True):
     """KTO for even sampling: each class's baseline is the other class's mean log-ratio over the step, clamped at 0.
@@ -653,7 +660,7 @@ def kto_vanilla(policy_chosen_logps, policy_rejected_logps, reference_chosen_log
     return values, None, {**label_metrics(beta * c, beta * r), "kl": (torch.stack([c_kl, r_kl]), None)}
 
 
-@objective(data="kto", per="examples", show="rewards/desirable")
+@objective(data="kto", per="responses", show="rewards/desirable")
 def apo_zero_unpaired(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *, beta=0.1):
     """`apo_zero` without pairs, arXiv:2408.06266: 1 - sigmoid(beta c) for desirable responses, sigmoid(beta r) for the others.
     1/2 at the start."""
@@ -661,7 +668,7 @@ def apo_zero_unpaired(policy_chosen_logps, policy_rejected_logps, reference_chos
     return torch.cat([(-beta * c).sigmoid(), (beta * r).sigmoid()]), None, label_metrics(beta * c, beta * r)
 
 
-@objective(data="kto", per="examples", show="rewards/desirable")
+@objective(data="kto", per="responses", show="rewards/desirable")
 def bco(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
         running_reward=None, *, beta=0.1):
     """Binary classifier optimization, arXiv:2404.04656: -log sigmoid(beta c - d) for desirable responses, -log sigmoid(d - beta r)

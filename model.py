@@ -7,9 +7,12 @@ Shapes: T stream tokens, S segments, H query heads, K key-value heads, E head wi
 import inspect
 import json
 import math
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,8 +99,7 @@ def _gpt2(c: dict) -> Shape:
 
 
 FAMILIES = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3, "gpt2": _gpt2}
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                 "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
+NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gpt2": "GPT2"}
 
 
 def read_shape(config: dict, where: str) -> Shape:
@@ -299,19 +301,43 @@ def token_head(decoder, hidden, batch, wanted):
     return dict(zip(("log_probs", "entropy", "collision"), made))
 
 
-HEADS = dict.fromkeys(("log_probs", "entropy", "collision"), token_head)  # stream that a loss reads -> the head that makes it
+def reward_head(decoder, hidden, batch, wanted):
+    """The score of each response at its last token, (R,), in fp32."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        hidden = hidden.index_select(0, batch["last"]).to(decoder.score.weight.dtype)
+        return {"reward": decoder.score(hidden)[:, 0]}
+
+
+class Head(NamedTuple):
+    """What makes streams of hidden states, and the module whose weights it needs."""
+    make: Callable  # (decoder, hidden, batch, names wanted) -> {name: stream}
+    module: str
+    labels: int = 0  # rows of a `score` module
+
+
+HEADS = {**dict.fromkeys(("log_probs", "entropy", "collision"), Head(token_head, "lm_head")),
+         "reward": Head(reward_head, "score", 1)}  # stream that a loss reads -> the head that makes it
+LANGUAGE = {"lm_head": 0}  # the modules of a language model
+
+
+def modules(outputs: list[str]) -> dict[str, int]:
+    """The modules that these streams need, with the labels of each."""
+    return {HEADS[name].module: HEADS[name].labels for name in outputs}
 
 
 class Decoder(nn.Module):
     """A trunk and the heads that are read. `config` is its config.json, kept whole for saving."""
 
-    def __init__(self, config: dict, where: str = "config"):
+    def __init__(self, config: dict, where: str = "config", heads: dict[str, int] = LANGUAGE):
         super().__init__()
         self.config, self.shape, self.compiled = config, read_shape(config, where), False
         self.model = Trunk(self.shape)
-        self.lm_head = nn.Linear(self.shape.hidden_size, self.shape.vocab_size, bias=False)
-        if self.shape.tied:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        if "lm_head" in heads:
+            self.lm_head = nn.Linear(self.shape.hidden_size, self.shape.vocab_size, bias=False)
+            if self.shape.tied:
+                self.lm_head.weight = self.model.embed_tokens.weight
+        if "score" in heads:  # a bias of rewards has no gradient under a difference of two, and Adam would make steps of its noise
+            self.score = nn.Linear(self.shape.hidden_size, heads["score"], bias=heads["score"] > 1)
         if self.shape.rope:
             rope_frequencies(self.shape.rope, self.shape.head_dim)  # an unknown scaling is an error now, not in step 1
 
@@ -321,8 +347,8 @@ class Decoder(nn.Module):
             return packed_attention(q, k, v, batch, self.shape.windows[layer])
         hidden = self.model(batch["tokens"], batch["positions"], attend)
         made = {}
-        for head in dict.fromkeys(HEADS[name] for name in outputs):
-            made |= head(self, hidden, batch, outputs)
+        for make in dict.fromkeys(HEADS[name].make for name in outputs):
+            made |= make(self, hidden, batch, outputs)
         return {name: made[name] for name in outputs}
 
     def compile_blocks(self):
@@ -342,6 +368,14 @@ class Decoder(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
         return self.lm_head(self.model(tokens, torch.arange(len(tokens), device=tokens.device), attend))
 
+    def init_score(self, seed: int):
+        """A new score head: normal with std 1 / (D + 1), the same on every device."""
+        with torch.no_grad():
+            std = 1 / (self.shape.hidden_size + 1)
+            self.score.weight.copy_(torch.randn(self.score.weight.shape, generator=torch.Generator().manual_seed(seed)) * std)
+            if self.score.bias is not None:
+                self.score.bias.zero_()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders in Hugging Face layout
@@ -359,7 +393,7 @@ def from_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if name.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks that old checkpoints carry
             continue
-        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        name = name if name.startswith(("transformer.", "lm_head.", "score.")) else f"transformer.{name}"
         for theirs, mine in GPT2_NAMES:
             name = name.replace(theirs, mine)
         if ".attn.c_attn." in name:
@@ -428,20 +462,31 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def load(folder: Path) -> tuple[Decoder, torch.dtype]:
-    """A model in fp32 (master weights; fp64 stays), and the dtype its folder has. Every tensor is accounted for."""
+SCORES = re.compile(r"^(v_head\.summary|value_head(\.summary)?|classifier)\.")  # other names of a score head
+
+
+def load(folder: Path, heads: dict[str, int] = LANGUAGE, seed: int = 0) -> tuple[Decoder, torch.dtype]:
+    """A model in fp32 (master weights; fp64 stays) with these heads, and the dtype its folder has. Every tensor is accounted
+    for: heads that are not asked for are left out, and a score head that is not there is new (by seed)."""
     config = read_json(folder / "config.json")
     with torch.device("meta"):
-        decoder = Decoder(config, str(folder / "config.json"))
-    state = read_weights(folder)
+        decoder = Decoder(config, str(folder / "config.json"), heads)
+    state = {SCORES.sub("score.", name): tensor for name, tensor in read_weights(folder).items()}
     if decoder.shape.gpt2:
         state = from_gpt2(state)
+    if "score" in heads and len(state.get("score.weight", ())) == heads["score"]:
+        if "score.bias" in state and decoder.score.bias is None:  # a constant that a folder of another project has: it stays
+            decoder.score.bias = nn.Parameter(torch.zeros(heads["score"]), requires_grad=False)
+    state = {name: t for name, t in state.items() if name.split(".")[0] not in {"lm_head", "score"} - heads.keys()}
+    new = "score" in heads and "score.weight" not in state
     saved = max((t.dtype for t in state.values()), key=[t.dtype for t in state.values()].count)
     state = {name: t for name, t in state.items() if not name.endswith("rotary_emb.inv_freq")}
-    if decoder.shape.tied:
+    if decoder.shape.tied and "lm_head" in heads:
         state.setdefault("model.embed_tokens.weight", state.get("lm_head.weight"))
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     expected = decoder.state_dict()
+    if new:
+        state.update({name: torch.zeros(expected[name].shape) for name in expected if name.startswith("score.")})
     for problem, names in (("are missing", expected.keys() - state.keys()), ("are not known", state.keys() - expected.keys())):
         if names:
             raise ValueError(f"{folder}: {len(names)} tensors of a {config['model_type']} model {problem}: "
@@ -451,15 +496,20 @@ def load(folder: Path) -> tuple[Decoder, torch.dtype]:
             raise ValueError(f"{folder}: {name} is {list(tensor.shape)}, config.json says {list(expected[name].shape)}")
     wide = torch.float64 if saved == torch.float64 else torch.float32
     decoder.load_state_dict({name: t.to(wide).contiguous() for name, t in state.items()}, assign=True)
-    if decoder.shape.tied:
+    if decoder.shape.tied and "lm_head" in heads:
         decoder.lm_head.weight = decoder.model.embed_tokens.weight
-    return decoder.requires_grad_(True), saved
+    if new:
+        decoder.init_score(seed)
+    decoder.requires_grad_(True)
+    if "score" in heads and decoder.score.bias is not None and heads["score"] == 1:
+        decoder.score.bias.requires_grad_(False)
+    return decoder, saved
 
 
-def scratch(config: dict, seed: int) -> Decoder:
+def scratch(config: dict, seed: int, heads: dict[str, int] = LANGUAGE) -> Decoder:
     """A new model: normal(0, initializer_range or 0.02), residual outputs scaled by 1/sqrt(2 layers) as in GPT-2; the same
     on every device."""
-    decoder = Decoder(config, "scratch")
+    decoder = Decoder(config, "scratch", heads)
     generator, std = torch.Generator().manual_seed(seed), config.get("initializer_range", 0.02)
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
@@ -468,24 +518,39 @@ def scratch(config: dict, seed: int) -> Decoder:
                 parameter.normal_(0, std * scale, generator=generator)
             elif name.endswith("bias"):
                 parameter.zero_()
+    if "score" in heads:
+        decoder.init_score(seed)
     return decoder
 
 
-def save(decoder: Decoder, folder: Path, dtype: torch.dtype, tokenizer_from: Path, chat_template: str = ""):
-    """Write a folder that transformers and vLLM load as it is: tied weights once, the tokenizer's files beside them."""
+def architecture(decoder: Decoder) -> dict:
+    """What config.json says of the heads, in transformers' words."""
+    name, labels = NAMES[decoder.config["model_type"]], decoder.score.out_features if hasattr(decoder, "score") else 0
+    if not labels:
+        return {"architectures": [name + ("LMHeadModel" if decoder.shape.gpt2 else "ForCausalLM")]}
+    names = [f"LABEL_{i}" for i in range(labels)]
+    return {"architectures": [name + ("ForSequenceClassification" if labels == 1 else "ForTokenClassification")],
+            "id2label": {str(i): label for i, label in enumerate(names)}, "label2id": {label: i for i, label in enumerate(names)}}
+
+
+def save(decoder: Decoder, folder: Path, dtype: torch.dtype, tokenizer_from: Path, chat_template: str = "", pad: tuple = ()):
+    """Write a folder that transformers and vLLM load as it is: tied weights once, the tokenizer's files beside them. pad: the
+    (id, token) of a reward model's padding, which transformers looks for to find the last token."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: p.detach().to("cpu", dtype) for name, p in decoder.named_parameters()}  # shared parameters once
     if decoder.shape.gpt2:
         state = to_gpt2(state)
     save_file({name: t.contiguous() for name, t in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-    family = decoder.config["model_type"]
-    config = {"architectures": [ARCHITECTURES[family]], **decoder.config,
-              "tie_word_embeddings": decoder.shape.tied, "torch_dtype": str(dtype).removeprefix("torch.")}
+    config = {**decoder.config, **architecture(decoder), "tie_word_embeddings": decoder.shape.tied,
+              "torch_dtype": str(dtype).removeprefix("torch."), **({"pad_token_id": pad[0]} if pad else {})}
     config.pop("dtype", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
                  "chat_template.jinja"):
         if (tokenizer_from / name).is_file():
             shutil.copyfile(tokenizer_from / name, folder / name)
+    if pad and (folder / "tokenizer_config.json").is_file():
+        tokenizer = {**read_json(folder / "tokenizer_config.json"), "pad_token": pad[1]}
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n", encoding="utf-8")
     if chat_template:  # the run's own, instead of the tokenizer's
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")

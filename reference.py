@@ -20,7 +20,7 @@ from model import find_folder
 
 def live(decoder, autocast: Callable) -> Callable:
     """A source that runs the frozen model in every step."""
-    def add(batches: list[dict]):
+    def add(batches: list[dict], epoch: int):
         for batch in batches:
             with torch.no_grad(), autocast():
                 batch["reference_log_probs"] = decoder(batch, ["log_probs"])["log_probs"]
@@ -29,7 +29,7 @@ def live(decoder, autocast: Callable) -> Callable:
 
 def from_table(table: torch.Tensor) -> Callable:
     """A source that looks up what was precomputed: table holds every scored token of the dataset."""
-    def add(batches: list[dict]):
+    def add(batches: list[dict], epoch: int):
         for batch in batches:
             batch["reference_log_probs"] = table[batch["scored_index"]]
     return add

@@ -4,6 +4,7 @@ Reads top to bottom in the order in which things happen: machine, stage, model, 
 Nothing here knows an objective by name: what a loss needs follows from what it reads (losses.READINGS).
 """
 import contextlib
+import functools
 import gc
 import json
 import math
@@ -101,7 +102,8 @@ def train(cfg):
     # Model and rows
     tokenizer_folder = Path(cfg.tokenizer) if cfg.tokenizer else model.find_folder(start_from)
     tokenizer = data.Tokenizer(tokenizer_folder, cfg.chat_template)
-    decoder, saved_dtype = load_model(cfg, machine, start_from, tokenizer)
+    outputs = sorted(losses.streams(terms) & model.HEADS.keys())  # of the model; what else losses read are columns
+    decoder, saved_dtype = load_model(cfg, machine, start_from, tokenizer, outputs)
     datasets = {split: data.load(paths, kind, tokenizer, cfg, machine.rank == 0)
                 for split, paths in (("train", cfg.train_data), ("eval", cfg.eval_data)) if paths}
     for split, dataset in datasets.items():
@@ -111,16 +113,17 @@ def train(cfg):
         raise ValueError("train_data is empty; name the files to train on")
     if cfg.eval_prompts and not cfg.check:
         raise ValueError("eval_prompts need check, a function (prompt, completion, row) -> bool in the config file")
+    if cfg.eval_prompts and "lm_head" not in model.modules(outputs):
+        raise ValueError(f"eval_prompts are answered by a language model, and {'+'.join(cfg.weights)} trains one without its head")
     prompts = data.load(cfg.eval_prompts, "prompts", tokenizer, cfg, False) if cfg.eval_prompts else None
     layout = data.Layout(
         data.stream_length(list(datasets.values()), cfg.batch_size, cfg.micro_batch_tokens),
         machine.device == "cuda" and machine.dtype in (torch.bfloat16, torch.float16), machine.compiled,
         losses.head_chunk(decoder.shape.vocab_size, machine.device), machine.device)
 
-    # What the losses read: outputs of the model, and columns that a source adds to each step
-    outputs = sorted(losses.streams(terms) & model.HEADS.keys())
-    sources = [SOURCES[name](cfg, machine, datasets, layout, start_from, tokenizer)
-               for name in sorted(losses.streams(terms) & SOURCES.keys())]  # each: split -> what adds the column
+    # The columns that sources add to each step: split -> (batches, epoch) -> None
+    run = Run(cfg, machine, decoder, tokenizer, start_from, datasets, layout, losses.streams(terms))
+    sources = [make(run) for make in dict.fromkeys(SOURCES[name] for name in sorted(run.streams & SOURCES.keys()))]
     running = {name: torch.zeros(2, dtype=torch.float64, device=machine.device)  # sum and count of a metric over all steps
                for name in sorted(losses.streams(terms) & losses.RUNNING.keys())}
     sources.append(dict.fromkeys(datasets, running_source(running)))
@@ -141,6 +144,8 @@ def train(cfg):
     steps = cfg.max_steps or math.ceil(cfg.epochs * per_epoch)
     done = resume(out, decoder, optimizer, scaler, running, machine, say) if cfg.resume else 0
 
+    predicted = [name for name in losses.PREDICTED if any(name in term.reads for term in terms)]
+
     def evaluate(step: int) -> dict:
         """The eval rows through the training path without gradient, every rank its share, each row once."""
         if "eval" not in datasets and prompts is None:
@@ -150,13 +155,18 @@ def train(cfg):
             if "eval" in datasets:
                 dataset, meter = datasets["eval"], Meter()
                 counts = data.count(dataset.examples)
+                scores = torch.zeros(int(dataset.pair_offsets[-1]), len(predicted), dtype=torch.float64, device=machine.device)
                 for rows in data.in_order(dataset):
                     batches, _ = data.micro_batches(dataset, rows, layout, machine.rank, machine.world)
                     for source in sources:
-                        source["eval"](batches)
+                        source["eval"](batches, 0)
                     for batch in batches:
-                        meter.add(*losses.total(terms, decoder(batch, outputs), batch, counts))
+                        streams = decoder(batch, outputs)
+                        meter.add(*losses.total(terms, streams, batch, counts))
+                        for column, name in enumerate(predicted):
+                            scores[batch["pair_index"], column] = losses.read(losses.READINGS[name], {**batch, **streams}).to(scores)
                 metrics |= meter.read(machine)
+                write_predictions(out, machine.sum(scores), predicted, decoder, machine)
             if prompts:
                 metrics["exact_match"] = exact_match(decoder, tokenizer, prompts, cfg, machine)
         return write_line({"step": step, "split": "eval", **metrics, "seconds": time.perf_counter() - begin})
@@ -183,7 +193,7 @@ def train(cfg):
         rows = data.step_rows(datasets["train"], step - 1, cfg.batch_size, cfg.seed)
         batches, counts = data.micro_batches(datasets["train"], rows, layout, machine.rank, machine.world)
         for source in sources:
-            source["train"](batches)
+            source["train"](batches, (step - 1) // per_epoch)
         meter = Meter()
         for i, batch in enumerate(batches):
             waits = machine.world > 1 and i < len(batches) - 1  # gradients are reduced with the last one
@@ -227,7 +237,8 @@ def train(cfg):
     if machine.rank == 0:
         dtype = getattr(torch, cfg.save_dtype) if cfg.save_dtype else saved_dtype
         template = tokenizer.chat_template if cfg.chat_template else ""
-        publish(out / "model", lambda folder: model.save(decoder, folder, dtype, tokenizer_folder, template))
+        pad = padding(tokenizer, datasets["train"]) if predicted else ()
+        publish(out / "model", lambda folder: model.save(decoder, folder, dtype, tokenizer_folder, template, pad))
         write_json(out / "run.json", {"digest": digest, "finished": True, "config": config.as_json(cfg)})
         changes = [f"{name} {first[name]:.4g} -> {last[name]:.4g}" for name in ("loss", show, "exact_match")
                    if name in first and name in last]
@@ -258,15 +269,18 @@ def run_stage(cfg, machine: Machine, say: Callable) -> str:
     return str(out / "model")
 
 
-def load_model(cfg, machine: Machine, name: str, tokenizer: data.Tokenizer) -> tuple[model.Decoder, torch.dtype]:
-    """The model a run starts from, or its frozen reference: one way for both, so that they agree to the last bit."""
+def load_model(cfg, machine: Machine, name: str, tokenizer: data.Tokenizer, outputs: list[str]
+               ) -> tuple[model.Decoder, torch.dtype]:
+    """The model a run starts from, or its frozen reference, with the heads that make these outputs: one way for both, so that
+    they agree to the last bit."""
+    heads = model.modules(outputs)
     if name == "scratch":
         if not cfg.scratch or not cfg.tokenizer:
             raise ValueError("init_from = 'scratch' needs scratch = {model_type, hidden_size, ...} and tokenizer = a folder")
         tokens = {"vocab_size": tokenizer.fast.get_vocab_size(), "eos_token_id": tokenizer.eos, "bos_token_id": tokenizer.bos}
-        decoder, saved = model.scratch({**tokens, **cfg.scratch}, cfg.seed), torch.float32
+        decoder, saved = model.scratch({**tokens, **cfg.scratch}, cfg.seed, heads), torch.float32
     else:
-        decoder, saved = model.load(model.find_folder(name))
+        decoder, saved = model.load(model.find_folder(name), heads, cfg.seed)
     if decoder.shape.vocab_size < tokenizer.fast.get_vocab_size():
         raise ValueError(f"{name}: {decoder.shape.vocab_size} embeddings, and {tokenizer.folder} has "
                          f"{tokenizer.fast.get_vocab_size()} tokens")
@@ -284,22 +298,68 @@ def check_lengths(decoder, dataset):
                          f"set max_length to at most that")
 
 
-def reference_source(cfg, machine: Machine, datasets: dict, layout, start_from: str, tokenizer) -> dict[str, Callable]:
-    name = cfg.reference or start_from  # its own path, never the live model: a resumed run has the same reference
+class Run(NamedTuple):
+    """What a source may want to know."""
+    cfg: object
+    machine: Machine
+    decoder: model.Decoder
+    tokenizer: data.Tokenizer
+    start_from: str
+    datasets: dict
+    layout: data.Layout
+    streams: set  # that the losses read
 
-    def frozen():
-        return load_model(cfg, machine, name, tokenizer)[0].requires_grad_(False)
-    if cfg.reference_live:
-        return dict.fromkeys(datasets, reference.live(frozen(), machine.autocast))
-    precision = f"{machine.device} {machine.dtype} {torch.__version__} compiled={machine.compiled} {layout.tokens}"
-    weights = reference.fingerprint(name, config.as_json(cfg))
-    return {split: reference.from_table(reference.precompute(frozen, weights, dataset, layout, precision, machine, cfg.cache_dir))
-            for split, dataset in datasets.items()}
+    def reference(self) -> model.Decoder:
+        """From its own path, never from the live model: a resumed run has the same reference."""
+        name = self.cfg.reference or self.start_from
+        return load_model(self.cfg, self.machine, name, self.tokenizer, ["log_probs"])[0].requires_grad_(False)
+
+    def reference_table(self, dataset: data.Dataset) -> torch.Tensor:
+        """The reference's log-probs of every scored token of these rows, computed once and kept on disk."""
+        machine, layout = self.machine, self.layout
+        precision = f"{machine.device} {machine.dtype} {torch.__version__} compiled={machine.compiled} {layout.tokens}"
+        weights = reference.fingerprint(self.cfg.reference or self.start_from, config.as_json(self.cfg))
+        return reference.precompute(self.reference, weights, dataset, layout, precision, machine, self.cfg.cache_dir)
+
+
+def reference_source(run: Run) -> dict[str, Callable]:
+    if run.cfg.reference_live:
+        return dict.fromkeys(run.datasets, reference.live(run.reference(), run.machine.autocast))
+    return {split: reference.from_table(run.reference_table(dataset)) for split, dataset in run.datasets.items()}
+
+
+def mismatched_source(run: Run) -> dict[str, Callable]:
+    """KTO's estimate of the KL: log-probs of the step's prompts with responses of other prompts, under the current policy, by
+    a pass without gradient, and under the reference, looked up. All ranks get those of the whole step."""
+    machine = run.machine
+
+    def of(dataset):
+        @functools.lru_cache(maxsize=1)
+        def rows_of(epoch):
+            rows = data.mismatched(dataset, run.cfg.seed, epoch, max(e.length for e in dataset.examples))
+            return rows, run.reference_table(rows) if "reference_KL_logps" in run.streams else None
+
+        def add(batches, epoch):
+            rows, table = rows_of(epoch)
+            mine = torch.cat([batch["rows"] for batch in batches]).unique().cpu().numpy()
+            parts = {"policy_KL_logps": [], "reference_KL_logps": []}
+            with torch.no_grad(), machine.autocast():
+                for batch in data.micro_batches(rows, mine, run.layout)[0]:
+                    of_policy = run.decoder(batch, ["log_probs"])["log_probs"]
+                    parts["policy_KL_logps"].append(losses.by_response(batch, of_policy).sum(-1))
+                    if table is not None:
+                        parts["reference_KL_logps"].append(losses.by_response(batch, table[batch["scored_index"]]).sum(-1))
+            for name in [name for name, logps in parts.items() if logps]:
+                logps = torch.cat(machine.gather(torch.cat(parts[name])))
+                for batch in batches:
+                    batch[name] = logps
+        return add
+    return {split: of(dataset) for split, dataset in run.datasets.items()}
 
 
 def running_source(running: dict) -> Callable:
     """Means over all earlier steps."""
-    def add(batches: list[dict]):
+    def add(batches: list[dict], epoch: int):
         means = {name: total / count.clamp(min=1) for name, (total, count) in running.items()}
         for batch in batches:
             batch.update(means)
@@ -321,7 +381,7 @@ def step_source(decoder, terms: list, outputs: list[str], machine: Machine) -> C
     the rows of each piece of data.in_order; alone in its step, a micro-batch needs no pass.)"""
     wanted = {name: reading for term in terms if term.objective.coupled for name, reading in term.reads.items()}
 
-    def add(batches: list[dict]):
+    def add(batches: list[dict], epoch: int):
         if machine.world == len(batches) == 1:
             batches[0]["step"] = losses.Step(1, {})
             return
@@ -343,7 +403,8 @@ def step_source(decoder, terms: list, outputs: list[str], machine: Machine) -> C
     return add
 
 
-SOURCES = {"reference_log_probs": reference_source}  # column that a loss reads -> what adds it to the batches of a step
+SOURCES = {"reference_log_probs": reference_source, "policy_KL_logps": mismatched_source,
+           "reference_KL_logps": mismatched_source}  # column that a loss reads -> what adds it to the batches of a step
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,6 +444,28 @@ def exact_match(decoder, tokenizer, prompts, cfg, machine: Machine) -> float:
     answers = rollout.generate(decoder, [e.prompt.tolist() for e in mine], max_new_tokens=cfg.max_new_tokens, stop={tokenizer.eos})
     right = sum(bool(cfg.check(e.row["prompt"], tokenizer.decode(answer), e.row)) for e, answer in zip(mine, answers))
     return machine.sum(torch.tensor(float(right), device=machine.device)).item() / len(prompts)
+
+
+def write_predictions(out: Path, scores: torch.Tensor, predicted: list[str], decoder, machine: Machine):
+    """(pairs, readings) of the eval rows, in their order, and their mean and deviation for the model's config.json."""
+    if not predicted:
+        return
+    decoder.config |= {"reward_mean": scores.mean().item(), "reward_std": scores.std(correction=0).item()}
+    if machine.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        keys = [losses.PREDICTED[name] for name in predicted]
+        part = out / "predictions.jsonl.part"
+        part.write_text("".join(json.dumps(dict(zip(keys, row))) + "\n" for row in scores.tolist()))
+        os.replace(part, out / "predictions.jsonl")
+
+
+def padding(tokenizer: data.Tokenizer, dataset: data.Dataset) -> tuple[int, str]:
+    """(id, token) that a reward model may be padded with: one that no response ends in."""
+    ends = {int(ids[-1]) for e in dataset.examples for ids in e.responses}
+    for i in sorted(range(tokenizer.fast.get_vocab_size()), key=lambda i: (i not in tokenizer.special, i)):
+        if i not in ends and i != tokenizer.eos and tokenizer.fast.id_to_token(i) is not None:
+            return i, tokenizer.fast.id_to_token(i)
+    raise ValueError(f"{tokenizer.folder}: every token of the vocabulary ends a response; none is left for padding")
 
 
 def peak_memory_gb(machine: Machine) -> float:

@@ -48,14 +48,13 @@ def random_trees(rng, count: int, vocab: int, longest: int = 30, responses: tupl
         scored = [np.ones(len(r), bool) if not holes else rng.random(len(r)) < 0.8 for r in ids[1:]]
         for mask in scored:
             mask[rng.integers(len(mask))] = True
-        pairs = [(0, 1)] if len(ids) > 2 else []
-        examples.append(data.Example(ids[0], ids[1:], scored, [True] + [False] * (len(ids) - 2), pairs, f"random:{i}"))
+        pairs = ([0], [1], [0.0]) if len(ids) > 2 else ([], [], [])
+        examples.append(data.Example(ids[0], ids[1:], scored, [True] + [False] * (len(ids) - 2), *pairs, f"random:{i}"))
     return examples
 
 
 def as_dataset(examples: list) -> data.Dataset:
-    scored = [sum(int(m.sum()) for m in e.scored) for e in examples]
-    return data.Dataset(examples, np.concatenate([[0], np.cumsum(scored)]), {})
+    return data.as_dataset(examples, {})
 
 
 def layout(tokens: int, static: bool = False, chunk: int = 64) -> data.Layout:

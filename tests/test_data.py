@@ -133,9 +133,9 @@ each_format = pytest.mark.parametrize("kind, row, prompt, responses", FORMATS.va
 
 @each_format
 def test_formats(kind, row, prompt, responses):
-    pairs = [(0, 1)] if kind == "preference" else []
+    pairs = ([0], [1], [0.0]) if kind == "preference" else ([], [], [])
     draft = data.FORMATS[kind](row, data.TRAIN_ON[kind], True)
-    assert draft == data.Draft(prompt, responses, [True, False][:len(responses)], pairs)
+    assert draft == data.Draft(prompt, responses, [True, False][:len(responses)], *pairs)
 
 
 @each_format
@@ -645,25 +645,25 @@ def test_micro_batches_over_ranks_are_those_of_one_rank(static):
         assert streams(world) == alone
 
 
-def tree(prompt, responses, scored, pairs=()):
+def tree(prompt, responses, scored, chosen=(), rejected=()):
     array = lambda values, dtype: [np.array(v, dtype) for v in values]
     return data.Example(np.array(prompt, np.int32), array(responses, np.int32), array(scored, bool),
-                        [True, False][:len(responses)], list(pairs), "hand:1")
+                        [True, False][:len(responses)], list(chosen), list(rejected), [0.5] * len(chosen), "hand:1")
 
 
-PAIR, SINGLE = tree([5, 6], [[7, 8, 9], [10]], [[1, 0, 1], [1]], [(0, 1)]), tree([11], [[12, 13]], [[0, 1]])
+PAIR, SINGLE = tree([5, 6], [[7, 8, 9], [10]], [[1, 0, 1], [1]], [0], [1]), tree([11], [[12, 13]], [[0, 1]])
 BY_HAND = {  # SINGLE, then PAIR: 11 12 13 | 5 6 7 8 9 10
     "tokens": [11, 12, 13, 5, 6, 7, 8, 9, 10], "positions": [0, 1, 2, 0, 1, 2, 3, 4, 2],
     "predict_from": [1, 4, 6, 4], "target": [13, 7, 9, 10], "response": [0, 1, 1, 2], "place": [0, 0, 1, 0],
     "scored_index": [3, 0, 1, 2], "lengths": [1, 2, 1], "demonstrated": [True, True, False], "rows": [1, 0, 0],
-    "chosen": [1], "rejected": [2]}
+    "chosen": [1], "rejected": [2], "margin": [0.5], "last": [2, 7, 8], "example": [0, 1, 1], "rank": [0, 0, 1], "pair_index": [0]}
 
 
 def test_build_by_hand():
     batch = data.build([(1, SINGLE), (0, PAIR)], as_dataset([PAIR, SINGLE]), layout(32))
     assert {name: batch[name].tolist() for name in BY_HAND} == BY_HAND
     assert (batch["num_responses"], batch["longest"], batch["scored"]) == (3, 2, 4)
-    assert all(batch[name].dtype == torch.int64 for name in BY_HAND if name != "demonstrated")
+    assert all(batch[name].dtype == torch.int64 for name in BY_HAND if name not in ("demonstrated", "margin"))
     assert data.count([PAIR, SINGLE]) == dict(stream_tokens=9, tokens=4, responses=3, demonstrated_tokens=3, demonstrations=2,
                                               pairs=1, examples=2)
 
