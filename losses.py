@@ -225,7 +225,8 @@ READINGS = {
     "reject_reward": score("reward", "rejected"),
     "ranked_rewards": Reading(("reward",), by_rank),
     "rank_mask": Reading((), lambda batch: by_rank(batch, torch.ones_like(batch["rank"], dtype=torch.bool))),
-    **{name: column(name) for name in ("margin", "step_logits", "step_labels", "step_mask", "logits", "teacher_logits", "label")},
+    "margin": Reading((), lambda batch: batch["margin"]),
+    **{name: column(name) for name in ("step_logits", "step_labels", "step_mask", "logits", "teacher_logits", "label")},
 }
 PREDICTED = {"chosen_reward": "chosen", "reject_reward": "rejected"}  # readings that eval writes down for every pair, under a key
 REPORTED = {"policy_chosen_logps": "logps/chosen", "policy_rejected_logps": "logps/rejected"}  # readings that are metrics too

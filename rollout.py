@@ -7,17 +7,19 @@ import torch.nn.functional as F
 
 
 @torch.no_grad()
-def generate(decoder, prompts: list, *, max_new_tokens: int, stop: set[int], batch: int = 256) -> list[list[int]]:
-    """Greedy continuations of prompts (lists of ids), without the stop token. The cache holds C = longest prompt +
-    max_new_tokens slots; a key's slot is its position, so rows of different lengths need no padding on the left."""
+def generate(decoder, prompts: list, *, max_new_tokens: int, stop: set[int], temperature: float = 0.0, seed: int = 0,
+             batch: int = 256) -> list[list[int]]:
+    """Continuations of prompts (lists of ids), without the stop token: greedy, or sampled at a temperature. The cache holds C =
+    longest prompt + max_new_tokens slots; a key's slot is its position, so rows of different lengths need no padding on the left."""
     answers = []
     with torch.compiler.set_stance("force_eager"):  # its shapes are its own: they would use up the blocks' compilations
         for start in range(0, len(prompts), batch):
-            answers += _generate(decoder, prompts[start:start + batch], max_new_tokens, stop)
+            generator = torch.Generator(decoder.lm_head.weight.device).manual_seed(seed + start)
+            answers += _generate(decoder, prompts[start:start + batch], max_new_tokens, stop, temperature, generator)
     return answers
 
 
-def _generate(decoder, prompts, max_new_tokens, stop):
+def _generate(decoder, prompts, max_new_tokens, stop, temperature, generator):
     shape, device = decoder.shape, decoder.lm_head.weight.device
     rows, longest = len(prompts), max(map(len, prompts))
     slots = longest + max_new_tokens
@@ -48,7 +50,11 @@ def _generate(decoder, prompts, max_new_tokens, stop):
     stops = torch.tensor(sorted(stop), device=device)
     answers, done = [], torch.zeros(rows, dtype=torch.bool, device=device)
     for _ in range(max_new_tokens):
-        chosen = decoder.lm_head(hidden).argmax(-1)
+        logits = decoder.lm_head(hidden)
+        if temperature:
+            chosen = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        else:
+            chosen = logits.argmax(-1)
         done |= torch.isin(chosen, stops) | (lengths >= slots)
         answers.append(torch.where(done, -1, chosen))
         if done.all():

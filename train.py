@@ -164,7 +164,8 @@ def train(cfg):
                         streams = decoder(batch, outputs)
                         meter.add(*losses.total(terms, streams, batch, counts))
                         for column, name in enumerate(predicted):
-                            scores[batch["pair_index"], column] = losses.read(losses.READINGS[name], {**batch, **streams}).to(scores)
+                            values = losses.read(losses.READINGS[name], {**batch, **streams})
+                            scores[batch["pair_index"], column] = values.to(scores)
                 metrics |= meter.read(machine)
                 write_predictions(out, machine.sum(scores), predicted, decoder, machine)
             if prompts:

@@ -695,3 +695,51 @@ def test_stream_length():
     assert data.stream_length([dataset, as_dataset([long])], 1, 0) == 5120  # whichever set it is in
     with pytest.raises(ValueError, match=r"eval.jsonl:7: .* 5001 tokens .* micro_batch_tokens is 4096; set it to 5120"):
         data.stream_length([dataset, as_dataset([long])], 1, 4096)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows with a label
+
+
+@pytest.mark.parametrize("row, prompt, responses, chosen, rejected", [
+    ({"prompt": "a", "completion": "b", "label": True}, "a", ["b"], [0], []), ({"prompt": "a", "completion": "b", "label": 0}, "a", ["b"], [], [0]),
+    ({"messages": [U("hi"), A("yo")], "label": False}, [U("hi")], [[A("yo")]], [], [0]),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a", ["b", "c"], [0], [1])])
+def test_rows_with_a_label(row, prompt, responses, chosen, rejected):
+    assert data.kto_row(row, "last", True) == data.Draft(prompt, responses, [True] if chosen == [0] and not rejected else [False] if not chosen else [True, False],
+                                                         chosen, rejected, [])
+
+
+@pytest.mark.parametrize("kind, row, message", [
+    ("kto", {"prompt": "a", "completion": "b"}, "expected label beside"), ("kto", {"prompt": "a", "completion": "b", "label": "yes"}, "'label' should be true or false, found 'yes'"),
+    ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "big"}, "'margin' should be a number, found 'big'"),
+    ("preference", {"prompt": "a", "responses": ["b"]}, "'responses' should be a list of at least two")])
+def test_what_is_wrong_with_a_label_is_said(kind, row, message):
+    with pytest.raises(ValueError, match=message):
+        data.FORMATS[kind](row, "last", True)
+
+
+def labelled(count, every):
+    return as_dataset([tree([i], [[1]], [[1]])._replace(chosen=[0] * (i % every != 0), rejected=[0] * (i % every == 0)) for i in range(count)])
+
+
+def test_desirable_and_undesirable_rows_take_turns():
+    """Each step has them in the dataset's proportions, to within one; every row comes once an epoch, in another order each time."""
+    dataset = labelled(100, 5)
+    for epoch in (0, 1):
+        steps = [data.step_rows(dataset, epoch * 10 + step, 10, 3) for step in range(10)]
+        assert sorted(np.concatenate(steps)) == list(range(100))
+        assert all(1 <= sum(bool(dataset.examples[i].rejected) for i in rows) <= 3 for rows in steps)
+    assert not np.array_equal(data.step_rows(dataset, 0, 100, 3), data.step_rows(dataset, 1, 100, 3))
+
+
+def test_mismatched_responses_are_of_other_prompts():
+    dataset = as_dataset([tree([i // 3], [[10 + i] * (1 + i % 4)], [[1] * (1 + i % 4)]) for i in range(12)])
+    first, again, other = (data.mismatched(dataset, 0, epoch, 3) for epoch in (0, 0, 1))
+    ids = lambda d: [e.responses[0].tolist() for e in d.examples]
+    assert ids(first) == ids(again) != ids(other)
+    for i, (e, mine) in enumerate(zip(first.examples, dataset.examples)):
+        j = e.responses[0][0] - 10
+        assert j // 3 != i // 3 and len(e.responses[0]) == min(1 + j % 4, 2) == len(e.scored[0]) and e.prompt is mine.prompt
+    with pytest.raises(ValueError, match="hand:1: every row has this row's prompt"):
+        data.mismatched(as_dataset([tree([1], [[2]], [[1]])] * 3), 0, 0, 9)

@@ -1,0 +1,13 @@
+"""Arithmetic KTO from the SFT model: right answers desirable, answers with dropped carries not, each by itself.
+
+    python train.py --config configs/kto.py
+
+NUMBERS
+"""
+from configs.dpo import *
+
+objective = "kto"
+out_dir = "out/kto"
+beta = 0.1
+nll_coef = 0.0
+lr = 1e-4

@@ -1,0 +1,145 @@
+"""Use a model folder: score rows with it, or answer prompts and keep the answer that a reward model likes best.
+
+    python sample.py score --model=out/rm/model --data=rows.jsonl --out=scores.jsonl
+    python sample.py best --model=out/sft/model --reward=out/rm/model --data=prompts.jsonl --n=8 --check=configs/dpo.py
+
+One JSON object a row, in the input's order. Keys of the config (max_length, truncation, chat_template, device, ...) are
+options here too.
+"""
+import argparse
+import json
+import sys
+
+import torch
+from tqdm import tqdm
+
+import config
+import data
+import losses
+import model
+import rollout
+import train
+
+
+class Scorer:
+    """A model folder and what its heads say of the responses of an example."""
+
+    def __init__(self, name: str, cfg):
+        self.cfg, self.machine, folder = cfg, train.find_machine(cfg), model.find_folder(name)
+        described = model.read_json(folder / "config.json")
+        kind = next((kind for kind in SAY if described.get("architectures", [""])[0].endswith(kind)), "")
+        self.stream, self.say = SAY[kind]
+        self.tokenizer = data.Tokenizer(folder, cfg.chat_template)
+        self.decoder = train.load_model(cfg, self.machine, name, self.tokenizer, [self.stream])[0].requires_grad_(False)
+
+    def layout(self, dataset: data.Dataset) -> data.Layout:
+        machine = self.machine
+        return data.Layout(data.stream_length([dataset], 64, 0), machine.device == "cuda" and machine.dtype == torch.bfloat16,
+                           machine.compiled, losses.head_chunk(self.decoder.shape.vocab_size, machine.device), machine.device)
+
+    def scores(self, dataset: data.Dataset) -> list[dict]:
+        """Of each example, in order."""
+        layout, found = self.layout(dataset), [None] * len(dataset)
+        for rows in tqdm(data.in_order(dataset, 64), desc="scoring", leave=False):
+            for batch in data.micro_batches(dataset, rows, layout)[0]:
+                with torch.no_grad(), self.machine.autocast():
+                    made = self.decoder(batch, [self.stream])[self.stream].double()
+                values = [[] for _ in range(batch["num_examples"])]
+                for of, value in zip(batch["example"].tolist(), self.say(batch, made)):
+                    values[of].append(value)
+                for index, row in zip(dict.fromkeys(batch["rows"].tolist()), values):
+                    found[index] = row
+        return found
+
+
+def logps_of(batch: dict, log_probs: torch.Tensor) -> list[dict]:
+    """Log-probs of each response, summed, and how many tokens they are."""
+    sums = losses.by_response(batch, log_probs).sum(-1).tolist()
+    return [{"logps": s, "tokens": n} for s, n in zip(sums, batch["lengths"].tolist())]
+
+
+SAY = {"ForSequenceClassification": ("reward", lambda batch, reward: reward.tolist()),
+       "": ("log_probs", logps_of)}  # end of an architecture's name -> the stream that is read, and what is said of each response
+
+
+def lines(found: list[list], dataset: data.Dataset) -> list[dict]:
+    """One object a row: chosen and rejected of a pair, score of a single response, scores of several."""
+    said = []
+    for values, e in zip(found, dataset.examples):
+        if e.chosen == [0] and e.rejected == [1]:
+            said.append({"chosen": values[0], "rejected": values[1]})
+        else:
+            said.append({"score": values[0]} if len(values) == 1 else {"scores": values})
+    return said
+
+
+def score(options, cfg):
+    scorer = Scorer(options.model, cfg)
+    first = next(data.read_rows(options.data))[1]
+    first = json.loads(first) if isinstance(first, bytes) else first
+    kind = options.kind or ("preference" if {"chosen", "responses"} & first.keys() else "sft")
+    dataset = data.load(options.data, kind, scorer.tokenizer, cfg)
+    if len(dataset) != dataset.counts["read"]:
+        raise ValueError(f"{options.data}: {dataset.counts['read']} rows, of which {len(dataset)} have a response to score; "
+                         f"scores would not be in the rows' order")
+    return lines(scorer.scores(dataset), dataset)
+
+
+def best(options, cfg):
+    """Best of n: sampled answers ranked by a reward model."""
+    scorer, policy = Scorer(options.reward, cfg), Scorer(options.model, cfg)
+    check = config.load([f"--config={options.check}"]).check if options.check else None
+    prompts, said = data.load(options.data, "prompts", policy.tokenizer, cfg), []
+    if scorer.stream != "reward" or policy.stream != "log_probs":
+        raise ValueError(f"best wants a language model and a reward model; {options.model} gives {policy.stream} and "
+                         f"{options.reward} gives {scorer.stream}")
+    ids = [e.prompt.tolist() for e in prompts.examples for _ in range(options.n)]
+    answers = rollout.generate(policy.decoder, ids, max_new_tokens=cfg.max_new_tokens, stop={policy.tokenizer.eos},
+                               temperature=options.temperature, seed=cfg.seed)
+    answers = [answers[i * options.n:(i + 1) * options.n] for i in range(len(prompts))]
+    trees = [e._replace(responses=[data.np.array([*a, policy.tokenizer.eos], data.np.int32) for a in mine],
+                        scored=[data.np.ones(len(a) + 1, bool) for a in mine], demonstrated=[False] * options.n)
+             for e, mine in zip(prompts.examples, answers)]
+    for e, mine, rewards in zip(prompts.examples, answers, scorer.scores(data.as_dataset(trees, prompts.counts))):
+        texts = [policy.tokenizer.decode(a) for a in mine]
+        line = {"prompt": e.row["prompt"], "best": texts[rewards.index(max(rewards))], "answers": texts, "rewards": rewards}
+        if check:
+            right = [bool(check(e.row["prompt"], text, e.row)) for text in texts]
+            line |= {"right": right, "best_right": right[rewards.index(max(rewards))]}
+        said.append(line)
+    if check:
+        each = [r for line in said for r in line["right"]]
+        share = lambda right: sum(right) / len(said)
+        print(f"right: {sum(each) / len(each):.4f} of all answers, {share(line['best_right'] for line in said):.4f} of the best of "
+              f"{options.n}; {share(any(line['right']) for line in said):.4f} have a right one", file=sys.stderr)
+    return said
+
+
+def main(arguments: list[str]):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("score", "best"))
+    parser.add_argument("--model", required=True, help="model folder, run or hub name")
+    parser.add_argument("--data", required=True, help="file or glob of rows or prompts")
+    parser.add_argument("--out", default="", help="file to write; default: standard output")
+    parser.add_argument("--kind", default="", help="kind of rows: sft, preference, kto; default: by their keys")
+    parser.add_argument("--reward", default="", help="best: folder of the reward model")
+    parser.add_argument("--n", type=int, default=8, help="best: answers to a prompt")
+    parser.add_argument("--temperature", type=float, default=1.0, help="best: of sampling; 0: greedy")
+    parser.add_argument("--check", default="", help="best: config file with a check function, for the share of right answers")
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        if options.what == "best" and not options.reward:
+            raise ValueError("best needs --reward, the folder of a reward model")
+        said = {"score": score, "best": best}[options.what](options, config.load([*rest]))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    text = "".join(json.dumps(line) + "\n" for line in said)
+    if options.out:
+        with open(options.out, "w") as file:
+            file.write(text)
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,148 @@
+"""Reward models and what is done with them: from rows to a folder that others read, scores in the rows' order."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import config
+import data
+import model
+import sample
+import train
+from conftest import ROOT, TINY
+from test_train import ROWS, lines, options
+
+
+@pytest.fixture(scope="module")
+def reward_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        train.train(config.load(options(folder, "rm", eval_data=ROWS["preference"], dtype="float32", save_dtype="float32")))
+    return folder / "run"
+
+
+def pairs():
+    return [json.loads(line) for line in open(ROOT / ROWS["preference"])]
+
+
+def test_predictions_are_those_of_transformers(reward_run):
+    """Padded batches through AutoModelForSequenceClassification, the folder and its tokenizer as they are."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(reward_run / "model", num_labels=1)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(reward_run / "model")
+    assert theirs.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    found = [json.loads(line) for line in open(reward_run / "predictions.jsonl")]
+    assert len(found) == len(pairs()) and (reward_run / "predictions.jsonl").read_text().endswith("}\n")
+    for side in ("chosen", "rejected"):
+        texts = [row["prompt"] + row[side] + tokenizer.eos_token for row in pairs()[:40]]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        assert (batch["input_ids"][:, -1] == tokenizer.pad_token_id).any()
+        with torch.no_grad():
+            scores = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+        assert scores.tolist() == pytest.approx([row[side] for row in found[:40]], abs=1e-5)
+    saved = json.loads((reward_run / "model" / "config.json").read_text())
+    every = [value for row in found for value in row.values()]
+    assert saved["reward_mean"] == pytest.approx(np.mean(every)) and saved["reward_std"] == pytest.approx(np.std(every))
+    assert saved["architectures"] == ["LlamaForSequenceClassification"] and "lm_head.weight" not in load_file(reward_run / "model" / "model.safetensors")
+
+
+def test_scores_of_rows_are_in_their_order(reward_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    sample.main(["score", f"--model={reward_run}", f"--data={ROWS['preference']}", f"--out={tmp_path / 's.jsonl'}", "--device=cpu"])
+    found, expected = ([json.loads(line) for line in open(path)] for path in (tmp_path / "s.jsonl", reward_run / "predictions.jsonl"))
+    for a, b in zip(found, expected, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+    row = pairs()[0]
+    (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": row["prompt"], "completion": row["chosen"]}) + "\n"
+                                        + json.dumps({"prompt": row["prompt"], "completion": row["rejected"]}) + "\n")
+    sample.main(["score", f"--model={reward_run}", f"--data={tmp_path / 'one.jsonl'}", f"--out={tmp_path / 'o.jsonl'}", "--device=cpu"])
+    assert [json.loads(line)["score"] for line in open(tmp_path / "o.jsonl")] == pytest.approx([*found[0].values()], abs=1e-4)
+
+
+def test_log_probs_of_a_language_model_are_scored_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    train.train(config.load(options(tmp_path, "sft", max_steps=1, dtype="float32")))
+    sample.main(["score", f"--model={tmp_path / 'run'}", f"--data={ROWS['sft']}", f"--out={tmp_path / 's.jsonl'}", "--device=cpu"])
+    found = [json.loads(line)["score"] for line in open(tmp_path / "s.jsonl")]
+    decoder, tokenizer = model.load(tmp_path / "run" / "model")[0], data.Tokenizer(tmp_path / "run" / "model")
+    row = json.loads(open(ROOT / ROWS["sft"]).readline())
+    prompt = tokenizer.fast.encode(row["prompt"]).ids
+    ids = torch.tensor([*prompt, *tokenizer.fast.encode(row["completion"]).ids, tokenizer.eos])
+    logps = decoder.logits(ids).log_softmax(-1)[range(len(prompt) - 1, len(ids) - 1), ids[len(prompt):]]
+    assert found[0] == {"logps": pytest.approx(logps.sum().item(), abs=1e-4), "tokens": len(ids) - len(prompt)}
+
+
+def test_best_of_n_takes_the_highest_reward(reward_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    train.train(config.load(options(tmp_path, "sft", max_steps=1, dtype="float32")))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(open("tasks/arithmetic/problems_eval.jsonl").readlines()[:5]))
+    given = ["best", f"--model={tmp_path / 'run'}", f"--reward={reward_run}", f"--data={prompts}", "--n=3", "--max_new_tokens=4",
+             "--check=configs/dpo.py", f"--out={tmp_path / 'b.jsonl'}", "--device=cpu"]
+    sample.main(given)
+    found = [json.loads(line) for line in open(tmp_path / "b.jsonl")]
+    assert len(found) == 5 and all(row["best"] == row["answers"][row["rewards"].index(max(row["rewards"]))] and len(row["answers"]) == 3 for row in found)
+    assert "of the best of 3" in capsys.readouterr().err and any(len(set(row["answers"])) > 1 for row in found)
+    sample.main(given)
+    assert found == [json.loads(line) for line in open(tmp_path / "b.jsonl")]  # a function of the seed
+    with pytest.raises(SystemExit, match="best needs --reward"):
+        sample.main(["best", "--model=x", "--data=y"])
+    with pytest.raises(SystemExit, match="wants a language model and a reward model"):
+        sample.main([*given[:1], f"--model={reward_run}", *given[2:]])
+
+
+@pytest.mark.parametrize("name, bias", [("v_head.summary", True), ("value_head", False), ("score", False), ("score", True)])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_heads_of_other_names_are_read(family, name, bias, tmp_path):
+    """A value head of TRL (v_head.summary, with a bias) and others; the language model's head beside it is left out."""
+    decoder = model.scratch({"model_type": family, **TINY[family]}, 0, {"lm_head": 0})
+    tokenizer_from = ROOT / "tasks/arithmetic"
+    model.save(decoder, tmp_path, torch.float32, tokenizer_from)
+    state = load_file(tmp_path / "model.safetensors")
+    width = decoder.shape.hidden_size
+    head = torch.randn(1, width)
+    save_file({**state, f"{name}.weight": head, **({f"{name}.bias": torch.tensor([0.5])} if bias else {})}, tmp_path / "model.safetensors")
+    loaded, _ = model.load(tmp_path, {"score": 1})
+    assert torch.equal(loaded.score.weight, head) and not hasattr(loaded, "lm_head")
+    assert (loaded.score.bias is not None) == bias and (not bias or (loaded.score.bias.item(), loaded.score.bias.requires_grad) == (0.5, False))
+    plain, _ = model.load(tmp_path)  # and the other way round
+    assert not hasattr(plain, "score")
+    model.save(loaded, tmp_path / "again", torch.float32, tokenizer_from)
+    again, _ = model.load(tmp_path / "again", {"score": 1})
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), again.state_dict().values()))
+
+
+def test_a_new_score_head_is_small_and_seeded(tmp_path):
+    model.save(model.scratch({"model_type": "llama", **TINY["llama"]}, 0), tmp_path, torch.float32, ROOT / "tasks/arithmetic")
+    first, again, other = (model.load(tmp_path, {"score": 1}, seed)[0].score for seed in (0, 0, 1))
+    width = first.weight.shape[1]
+    assert torch.equal(first.weight, again.weight) and not torch.equal(first.weight, other.weight) and first.bias is None
+    assert first.weight.std().item() == pytest.approx(1 / (width + 1), rel=0.5)
+
+
+def test_identical_responses_teach_nothing(tmp_path, monkeypatch):
+    """Of a pair whose sides are equal the loss is log 2, the margin 0 and the gradient 0, but for rounding."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "same.jsonl").write_text('{"prompt": "1+1=", "chosen": "2", "rejected": "2"}\n' * 3)
+    train.train(config.load(options(tmp_path, "rm", train_data=tmp_path / "same.jsonl", max_steps=1, batch_size=3)))
+    line = lines(tmp_path / "run")[0]
+    assert line["loss"] == pytest.approx(math.log(2), abs=1e-12) and abs(line["margin"]) < 1e-12 and line["grad_norm"] < 1e-12
+
+
+def test_a_margin_and_a_ranking_reach_the_loss(tmp_path, monkeypatch):
+    """The margin of a row shifts its loss; three ranked responses are three pairs, and one ranking."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "margin.jsonl").write_text('{"prompt": "1+1=", "chosen": "2", "rejected": "2", "margin": 1.5}\n')
+    train.train(config.load(options(tmp_path, "rm", train_data=tmp_path / "margin.jsonl", max_steps=1, batch_size=1)))
+    assert lines(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(1 + math.exp(1.5)), abs=1e-12)
+    (tmp_path / "ranked.jsonl").write_text('{"prompt": "1+1=", "responses": ["2", "2", "2"]}\n' * 2)
+    for name, expected in (("rm", math.log(2)), ("rm_plackett_luce", math.log(6))):
+        train.train(config.load(options(tmp_path, name, name, train_data=tmp_path / "ranked.jsonl", max_steps=1, batch_size=2)))
+        assert lines(tmp_path / name)[0]["loss"] == pytest.approx(expected, abs=1e-12)
+    cfg = config.load(options(tmp_path, "rm"))
+    ranked = data.load(str(tmp_path / "ranked.jsonl"), "preference", data.Tokenizer(ROOT / "tasks/arithmetic"), cfg, False)
+    assert (ranked.examples[0].chosen, ranked.examples[0].rejected) == ([0, 0, 1], [1, 2, 2]) and data.count(ranked.examples)["pairs"] == 6
