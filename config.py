@@ -48,6 +48,8 @@ class Config:
     tokenize: str = "joint"  # joint: prompt + response together, as text is generated; apart: each by itself
     train_on: str = ""  # assistant turns that are trained: all, last; default: all for sft, last for pairs
     chat_template: str = ""  # a jinja file, or "chatml"; default: the tokenizer's own
+    step_token: str = "\n"  # one token that is put behind each step of a process reward row: its score is read there
+    reward_tokens: tuple = ()  # (bad, good): tokens whose logits judge a step; default: a head of two labels
     bad_rows: str = "error"  # a malformed row: error (stop), skip (and count)
 
     # Steps
@@ -64,6 +66,8 @@ class Config:
     grad_clip: float = 1.0  # norm of the whole gradient; 0: no clipping
     seed: int = 0  # order of rows, new weights
     reference: str = ""  # model folder of the frozen reference; default: init_from's
+    teacher: str = ""  # distillation: model folder, hub name or config file whose model is imitated
+    teacher_top_k: int = 0  # keep its k highest logits of each token on disk, computed once; 0: run it in every step
     reference_live: bool = False  # run the reference in every step instead of once per row, cached on disk
     cache_dir: str = "~/.cache/nanoalign"  # reference log-probs, under a key of weights, data and precision
 
@@ -88,7 +92,7 @@ CHOICES = {"truncation": ("cut", "drop", "error"), "tokenize": ("joint", "apart"
            "save_dtype": ("", "float32", "bfloat16", "float16", "float64")}
 AT_LEAST = {"batch_size": 1, "max_length": 2, "log_every": 1, "keep_checkpoints": 1, "max_new_tokens": 1} | dict.fromkeys(
     ("max_prompt_length", "micro_batch_tokens", "epochs", "max_steps", "lr", "min_lr", "warmup_steps", "weight_decay",
-     "grad_clip", "eval_every", "save_every", "nll_coef", "ld_alpha", "seed"), 0)
+     "grad_clip", "eval_every", "save_every", "nll_coef", "ld_alpha", "seed", "teacher_top_k"), 0)
 TYPES = typing.get_type_hints(Config)
 
 
@@ -230,9 +234,10 @@ def terms(cfg: types.SimpleNamespace, compiled: bool) -> list[Term]:
         if ignoring:
             raise ValueError(f"{name} = {value!r} changes nothing in {'+'.join(ignoring)}; leave it out")
         made = changed
-    for key in ("reference", "reference_live"):
-        if getattr(cfg, key) and "reference_log_probs" not in streams(made):
-            raise ValueError(f"{key} = {getattr(cfg, key)!r}: {'+'.join(cfg.weights)} reads no reference; leave it out")
+    for key, stream in (("reference", "reference_log_probs"), ("reference_live", "reference_log_probs"),
+                        ("teacher", "teacher_logits"), ("teacher_top_k", "teacher_logits")):
+        if getattr(cfg, key) and stream not in streams(made):
+            raise ValueError(f"{key} = {getattr(cfg, key)!r}: {'+'.join(cfg.weights)} reads no {key.split('_')[0]}; leave it out")
     return made
 
 
@@ -256,8 +261,8 @@ def digest(cfg: types.SimpleNamespace) -> str:
     apart |= {"objective", "nll_coef"}  # in weights and bound, and so is
     apart |= {key for name, given in cfg.bound.items() for k in given for key in (k, f"{name}_{k}")}
     kept = {key: value for key, value in as_json(cfg).items() if key not in apart}
-    if cfg.init_from.endswith(".py"):
-        kept["init_from"] = digest(load_stage(cfg.init_from, cfg))
+    for key in [key for key in ("init_from", "teacher") if getattr(cfg, key).endswith(".py")]:
+        kept[key] = digest(load_stage(getattr(cfg, key), cfg))
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

@@ -11,6 +11,7 @@ import glob
 import gzip
 import itertools
 import json
+import math
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -211,6 +212,93 @@ def kto_row(row: dict, train_on: str, chat: bool) -> Draft:
     return draft._replace(demonstrated=[good], chosen=[0] * good, rejected=[0] * (not good))
 
 
+class Step(NamedTuple):
+    """A step of a solution; a response may be a list of them."""
+    text: str
+    label: float  # 1 is good, 0 is bad, nan is unlabelled
+
+
+def step_label(value) -> float:
+    if value is None:
+        return math.nan
+    if value in ("+", "-"):
+        return float(value == "+")
+    if isinstance(value, (bool, int, float)) and 0 <= value <= 1:
+        return float(value)
+    raise ValueError(f"a step's label should be true, false, '+', '-', a number from 0 to 1 or null, found {value!r:.40}")
+
+
+def as_steps(texts: list, labels: list | None) -> list[Step]:
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"steps should be a list of texts, found {str(texts)[:60]!r}")
+    if not isinstance(labels, list) or len(labels) != len(texts):
+        found = len(labels) if isinstance(labels, list) else labels
+        raise ValueError(f"{len(texts)} steps and {found!r} labels; expected one a step")
+    return [Step(text, step_label(label)) for text, label in zip(texts, labels)]
+
+
+STEP_TAGS = ("\u043a\u0438", "<extra_0>", "<|step|>")  # what marks the end of a step in tagged text: Math-Shepherd's is the first
+
+
+def tagged_steps(text: str, marked) -> tuple[str, list[Step]]:
+    """Text with a tag behind each step, and the same text with + or - in the tags' places (or a list of labels)."""
+    tag = next((tag for tag in STEP_TAGS if tag in text), None)
+    if tag is None:
+        raise ValueError(f"'input' has none of the step tags {', '.join(STEP_TAGS)}")
+    pieces, labels, at = text.split(tag)[:-1], [], 0
+    for piece in pieces if isinstance(marked, str) else []:
+        if not marked.startswith(piece, at):
+            raise ValueError(f"'label' should be 'input' with + or - in the place of each {tag!r}; they part at {piece[:40]!r}")
+        at += len(piece)
+        labels.append(marked[at:at + 1])
+        at += 1
+    begin = max(pieces[0].find("Step 1"), 0)  # the problem stands before it
+    prompt, pieces[0] = pieces[0][:begin].rstrip(" "), pieces[0][begin:]
+    return prompt, as_steps([piece.strip() for piece in pieces], labels if isinstance(marked, str) else marked)
+
+
+def rated_steps(steps: list[dict]) -> list[list[Step]]:
+    """PRM800K: the path of chosen (or human) steps, and a response for every other completion, with the path before it
+    unlabelled. Ratings: 1 and 0 (neutral) are good, -1 is bad."""
+    rated = lambda c: Step(text_field(c, "text"), math.nan if c.get("rating") is None else float(c["rating"] >= 0))
+    path, branches = [], []
+    for step in steps:
+        completions, chosen = step.get("completions") or [], step.get("chosen_completion")
+        branches += [[*(s._replace(label=math.nan) for s in path), rated(c)] for i, c in enumerate(completions) if i != chosen]
+        taken = completions[chosen] if chosen is not None else step.get("human_completion")
+        if not taken:
+            break
+        path.append(rated(taken))
+    return [path, *branches] if path else branches
+
+
+def prm_row(row: dict, train_on: str, chat: bool) -> Draft:
+    """{prompt, completions: [...], labels: [...]}; tagged text {input, label} or {input, value} (Math-Shepherd); PRM800K;
+    BIG-Bench Mistake {input, steps, mistake_index}: good up to the mistake, bad there, unlabelled behind it."""
+    if "completions" in row and "prompt" in row:
+        prompt, responses = text_field(row, "prompt"), [as_steps(row["completions"], row.get("labels"))]
+    elif "steps" in row and "mistake_index" in row:
+        texts, wrong = row["steps"], row["mistake_index"]
+        labels = [1.0] * len(texts) if wrong is None else [1.0] * wrong + [0.0] + [None] * (len(texts) - wrong - 1)
+        prompt, responses = text_field(row, "input") + "\n", [as_steps(texts, labels)]
+    elif "input" in row and ("label" in row or "value" in row):
+        prompt, steps = tagged_steps(text_field(row, "input"), row.get("label", row.get("value")))
+        responses = [steps]
+    elif isinstance(row.get("question"), dict) and isinstance(row.get("label"), dict):
+        prompt, responses = text_field(row["question"], "problem") + "\n", rated_steps(row["label"]["steps"])
+    else:
+        raise ValueError(f"found keys {list(row)}; expected prompt, completions and labels; input and label or value; "
+                         f"input, steps and mistake_index; or PRM800K's question and label")
+    return Draft(prompt, responses, [False] * len(responses))
+
+
+def steps_row(row: dict, train_on: str, chat: bool) -> Draft:
+    """Steps that are scored and not trained: what prm takes, and without labels."""
+    if "completions" in row and "labels" not in row:
+        row = {**row, "labels": [0.0] * len(row["completions"])}
+    return prm_row(row, train_on, chat)
+
+
 def prompt_row(row: dict, train_on: str, chat: bool) -> Draft:
     """{prompt} as text or messages; other columns are kept for whoever checks the answer."""
     if "prompt" not in row:
@@ -218,8 +306,9 @@ def prompt_row(row: dict, train_on: str, chat: bool) -> Draft:
     return Draft(text_or_messages(row, "prompt"), [], [])
 
 
-FORMATS = {"sft": sft_row, "preference": preference_row, "kto": kto_row, "prompts": prompt_row}
-TRAIN_ON = {"sft": "all", "preference": "last", "kto": "last", "prompts": "last"}  # which assistant turns, unless the config says
+FORMATS = {"sft": sft_row, "preference": preference_row, "kto": kto_row, "prm": prm_row, "steps": steps_row, "prompts": prompt_row}
+TRAIN_ON = {"sft": "all", "preference": "last", "kto": "last", "prm": "all", "steps": "all",
+            "prompts": "last"}  # which assistant turns, unless the config says
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
@@ -289,6 +378,14 @@ class Tokenizer:
                 return [joined.ids[i] for i in kept], [(b - 1, e - 1) for b, e in (joined.offsets[i] for i in kept)]
         return encoded.ids, encoded.offsets
 
+    def one(self, text: str) -> int:
+        """The id of a text that is one token."""
+        i = self.fast.token_to_id(text)
+        ids = [i] if i is not None else self.continuation(text)[0]
+        if len(ids) != 1:
+            raise ValueError(f"{text!r} is {len(ids)} tokens in {self.folder}; it has to be one: name another")
+        return ids[0]
+
     def decode(self, ids: list[int]) -> str:
         return self.fast.decode(list(ids), skip_special_tokens=True)
 
@@ -316,6 +413,7 @@ class Example(NamedTuple):
     rejected: list
     margin: list
     where: str  # file:line
+    labels: list = []  # of step rows, of each response: a number at the token behind a labelled step, nan elsewhere
     row: dict | None = None  # prompts only: what a reward or a check may want
 
     @property
@@ -326,7 +424,7 @@ class Example(NamedTuple):
 def render(draft: Draft, tokenizer: Tokenizer, train_on: str) -> tuple[str, list]:
     """A draft -> prompt text and, of each response, (text, character spans that are trained or None for all of it)."""
     if isinstance(draft.prompt, str):
-        return draft.prompt, [(text, None) for text in draft.responses]
+        return draft.prompt, [(r, None) if isinstance(r, str) else ("".join(s.text for s in r), r) for r in draft.responses]
     prompt = tokenizer.render(draft.prompt, add_generation_prompt=True)
     responses = []
     for turns in draft.responses:
@@ -346,17 +444,35 @@ def render(draft: Draft, tokenizer: Tokenizer, train_on: str) -> tuple[str, list
     return prompt, responses
 
 
-def tokenize(drafts: list[tuple], tokenizer: Tokenizer, mode: str, counts: Counter) -> list[Example]:
+def with_step_tokens(steps: list[Step], tokenizer: Tokenizer, step_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each step's ids with the step token behind them: ids, where step tokens are, their labels (nan elsewhere)."""
+    ids, labels = [], []
+    for step in steps:
+        ids += [*tokenizer.continuation(step.text)[0], step_id]
+        labels += [math.nan] * (len(ids) - len(labels) - 1) + [step.label]
+    ends = np.zeros(len(ids), bool)
+    ends[np.cumsum([len(tokenizer.continuation(step.text)[0]) + 1 for step in steps]) - 1] = True
+    return np.array(ids, np.int32), ends, np.array(labels, np.float32)
+
+
+def tokenize(drafts: list[tuple], tokenizer: Tokenizer, mode: str, counts: Counter, step_token: str = "\n") -> list[Example]:
     """[(where, draft, prompt text, responses of `render`)] -> examples. mode "joint": ids of prompt + response, split at
     the prompt's own length (where they do not begin with the prompt's ids, and in mode "apart", both are encoded by
     themselves). BOS once; EOS once, after a whole response."""
+    whole = lambda spans: not (spans and isinstance(spans[0], Step))  # steps are encoded one by one
     texts = [text for _, _, prompt, responses in drafts
-             for text in (prompt, *(prompt + r for r, _ in responses if mode == "joint" or not prompt))]
+             for text in (prompt, *(prompt + r for r, s in responses if whole(s) and (mode == "joint" or not prompt)))]
     encodings, examples = iter(tokenizer.fast.encode_batch(texts, add_special_tokens=False)), []
     for where, draft, prompt, responses in drafts:
-        prompt_ids, all_ids, all_scored = next(encodings).ids, [], []
+        prompt_ids, all_ids, all_scored, all_labels = next(encodings).ids, [], [], []
         n = len(prompt_ids)
         for text, spans in responses:
+            if not whole(spans):
+                ids, scored, labels = with_step_tokens(spans, tokenizer, tokenizer.one(step_token))
+                all_ids.append(ids)
+                all_scored.append(scored)
+                all_labels.append(labels)
+                continue
             joint = next(encodings) if mode == "joint" or not prompt else None
             if joint and joint.ids[:n] == prompt_ids:
                 ids, offsets, begin = joint.ids[n:], joint.offsets[n:] if spans else (), len(prompt)
@@ -377,7 +493,7 @@ def tokenize(drafts: list[tuple], tokenizer: Tokenizer, mode: str, counts: Count
         text = isinstance(draft.prompt, str)  # a template writes its own BOS
         if text and tokenizer.adds_bos and prompt_ids[:1] != [tokenizer.bos] or not prompt_ids:
             prompt_ids = [tokenizer.eos if tokenizer.bos is None else tokenizer.bos, *prompt_ids]
-        examples.append(Example(np.array(prompt_ids, np.int32), all_ids, all_scored, *draft[2:], where))
+        examples.append(Example(np.array(prompt_ids, np.int32), all_ids, all_scored, *draft[2:], where, all_labels))
     return examples
 
 
@@ -399,8 +515,10 @@ def truncate(example: Example, bos: int | None, max_length: int, max_prompt_leng
         prompt = np.concatenate([example.prompt[:head], example.prompt[head:][-(room - head):]])
         left = max_length - len(prompt)
         example = example._replace(prompt=prompt, responses=[ids[:left] for ids in example.responses],
-                                   scored=[mask[:left] for mask in example.scored])
-    if not all(mask.any() for mask in example.scored):
+                                   scored=[mask[:left] for mask in example.scored],
+                                   labels=[labels[:left] for labels in example.labels])
+    nothing = example.labels and all(np.isnan(labels).all() for labels in example.labels)  # a step may be unlabelled, not all
+    if nothing or not all(mask.any() for mask in example.scored):
         counts["dropped"] += 1
         return None
     return example
@@ -431,7 +549,7 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
     examples, drafts, rows = [], [], {}
 
     def flush():
-        for example in tokenize(drafts, tokenizer, cfg.tokenize, counts):
+        for example in tokenize(drafts, tokenizer, cfg.tokenize, counts, cfg.step_token):
             example = truncate(example, tokenizer.bos, cfg.max_length, cfg.max_prompt_length, cfg.truncation, counts)
             if example is not None:
                 examples.append(example._replace(row=rows.get(example.where)))
@@ -538,7 +656,8 @@ def count(examples: list[Example]) -> dict[str, int]:
     shown = [d for e in examples for d in e.demonstrated]
     return {"stream_tokens": sum(e.length for e in examples), "tokens": sum(scored), "responses": len(scored),
             "demonstrated_tokens": sum(n for n, d in zip(scored, shown) if d), "demonstrations": sum(shown),
-            "pairs": sum(len(e.chosen) for e in examples), "examples": len(examples)}
+            "pairs": sum(len(e.chosen) for e in examples), "examples": len(examples),
+            "steps": sum(int((~np.isnan(labels)).sum()) for e in examples for labels in e.labels)}
 
 
 class Layout(NamedTuple):
@@ -564,9 +683,9 @@ def micro_batches(dataset: Dataset, rows: np.ndarray, layout: Layout, rank: int 
 
 def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) -> dict:
     """Examples of one stream -> its tensors (T,), (N,), (R,), (P,) and, on the host, its sizes. last (R,): the place of a
-    response's last token; example, rank (R,): whose response it is, and which one."""
+    response's last token; example, rank (R,): whose response it is, and which one; own (N,): a scored token's own place."""
     tokens, positions, spans = [], [], []  # a span: begin, length, begin and length of the prompt it also sees
-    columns = {"predict_from": [], "target": [], "response": [], "place": [], "scored_index": []}
+    columns = {"predict_from": [], "own": [], "target": [], "response": [], "place": [], "scored_index": []}
     lengths, last, chosen, rejected, margin, pair_index, of, rank, at = [], [], [], [], [], [], [], [], 0
     for nth, (index, e) in enumerate(members):
         begin, n, seen = at, len(e.prompt), int(dataset.offsets[index])
@@ -585,6 +704,7 @@ def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) 
             before = at + places - 1  # a token is predicted one place before itself, the first one at the prompt's end
             before[places == 0] = begin + n - 1
             columns["predict_from"].append(before)
+            columns["own"].append(at + places)
             columns["target"].append(ids[places])
             columns["response"].append(np.full(len(places), len(lengths)))
             columns["place"].append(np.arange(len(places)))
@@ -608,10 +728,13 @@ def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) 
     fill = {"response": len(lengths)}  # padding lands in a row past the last response
     flat = {name: np.concatenate([*parts, np.full(extra, fill.get(name, 0))]).astype(np.int64)
             for name, parts in columns.items()}
+    labels = [labels[scored] for _, e in members for labels, scored in zip(e.labels, e.scored)]
+    labels = np.concatenate([*labels, np.full(scored + extra - sum(map(len, labels)), np.nan, np.float32)]).astype(np.float32)
     whole = dict(lengths=lengths, last=last, example=of, rank=rank, rows=[members[nth][0] for nth in of], chosen=chosen,
                  rejected=rejected, pair_index=pair_index)
     flat.update(tokens=np.concatenate(tokens).astype(np.int64), positions=np.concatenate(positions),
                 **{name: np.array(values, np.int64) for name, values in whole.items()}, margin=np.array(margin, np.float32),
+                step_labels=labels, step_mask=~np.isnan(labels),
                 demonstrated=np.array([shown for _, e in members for shown in e.demonstrated], bool))
     sizes = {"num_responses": len(lengths), "longest": max(lengths, default=1), "scored": scored, "num_examples": len(members),
              "most_responses": max((len(e.responses) for _, e in members), default=1)}

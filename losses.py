@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of objectives
@@ -108,7 +109,10 @@ def bind(name: str, weight: float, hyperparameters: dict, compile: bool = False)
     per = o.per(**{key: hyperparameters[key] for key in inspect.signature(o.per).parameters})
     if per not in COUNTS:
         raise ValueError(f"{name}: per = {per!r}; expected one of {', '.join(COUNTS)}")
-    return Term(weight, o, compiled(o.loss) if compile else o.loss, hyperparameters, per, {n: READINGS[n] for n in o.reads})
+    loss = compiled(o.loss) if compile else o.loss
+    if "logits" in o.reads:
+        loss = functools.partial(by_chunk, loss)
+    return Term(weight, o, loss, hyperparameters, per, {n: READINGS[n] for n in o.reads})
 
 
 @functools.cache
@@ -187,6 +191,11 @@ def by_rank(batch: dict, stream: Tensor) -> Tensor:
     return stream.new_zeros(batch["num_examples"], batch["most_responses"]).index_put((batch["example"], batch["rank"]), stream)
 
 
+def label_of(batch: dict) -> Tensor:
+    """(N,) the token that is predicted, -100 in responses that are not imitated and in the padding."""
+    return torch.where(F.pad(batch["demonstrated"], (0, 1))[batch["response"]], batch["target"], -100)
+
+
 def action_mask(batch: dict) -> Tensor:
     return torch.arange(batch["longest"], device=batch["lengths"].device) < batch["lengths"][:, None]  # (R, L)
 
@@ -226,7 +235,10 @@ READINGS = {
     "ranked_rewards": Reading(("reward",), by_rank),
     "rank_mask": Reading((), lambda batch: by_rank(batch, torch.ones_like(batch["rank"], dtype=torch.bool))),
     "margin": Reading((), lambda batch: batch["margin"]),
-    **{name: column(name) for name in ("step_logits", "step_labels", "step_mask", "logits", "teacher_logits", "label")},
+    "step_labels": Reading((), lambda batch: batch["step_labels"]),
+    "step_mask": Reading((), lambda batch: batch["step_mask"]),
+    "label": Reading((), label_of),
+    **{name: column(name) for name in ("step_logits", "logits", "teacher_logits")},
 }
 PREDICTED = {"chosen_reward": "chosen", "reject_reward": "rejected"}  # readings that eval writes down for every pair, under a key
 REPORTED = {"policy_chosen_logps": "logps/chosen", "policy_rejected_logps": "logps/rejected"}  # readings that are metrics too
@@ -1081,6 +1093,46 @@ class _LinearLogProbs(torch.autograd.Function):
                 del grad  # before the next chunk is made
         return (grad_hidden.to(hidden.dtype) if need_hidden else None,
                 grad_weight.to(weight.dtype) if need_weight else None, *[None] * 6)
+
+
+class Projected(NamedTuple):
+    """Logits that are not there yet: hidden (N, D) @ weight (V, D).T."""
+    hidden: Tensor
+    weight: Tensor
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return self.hidden[start:stop].to(dtype) @ self.weight.to(dtype).t()
+
+
+class TopLogits(NamedTuple):
+    """The k highest logits of each row and where they are, (N, k) each, of V; all others are -inf."""
+    logits: Tensor
+    index: Tensor
+    vocab: int
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        top = wide(self.logits[start:stop])
+        return top.new_full((len(top), self.vocab), -math.inf).scatter(1, self.index[start:stop].long(), top)
+
+
+def by_chunk(loss: Callable, *inputs, **hyperparameters) -> tuple[Tensor, Tensor, dict]:
+    """A loss on logits of which no [N, V] exists: `Projected` and `TopLogits` become logits a chunk of rows at a time, and again
+    in backward; other inputs (N, ...) are cut alongside. Without any of them it is the loss itself."""
+    unmade = [x for x in inputs if isinstance(x, (Projected, TopLogits))]
+    if not unmade:
+        return loss(*inputs, **hyperparameters)
+    device = unmade[0][0].device
+    chunk = head_chunk(max(len(x.weight) if isinstance(x, Projected) else x.vocab for x in unmade), device.type) // len(unmade)
+
+    def part(start):
+        with torch.autocast(device.type, enabled=False):
+            cut = lambda x: x[start:start + chunk] if isinstance(x, Tensor) else x.rows(start, start + chunk)
+            return loss(*map(cut, inputs), **hyperparameters)
+    parts = [checkpoint(part, start, use_reentrant=False) for start in range(0, max(len(unmade[0][0]), 1), chunk)]
+    values, masks, metrics = zip(*parts)
+    return (torch.cat(values), torch.cat(masks),
+            {name: tuple(map(torch.cat, zip(*(m[name] for m in metrics)))) for name in metrics[0]})
 
 
 def linear_log_probs(hidden: Tensor, weight: Tensor, target: Tensor, *, temperature: float = 1.0, entropy: bool = False,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from losses import linear_log_probs
+from losses import Projected, linear_log_probs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shape: what config.json says, in one vocabulary for every family
@@ -301,11 +301,26 @@ def token_head(decoder, hidden, batch, wanted):
     return dict(zip(("log_probs", "entropy", "collision"), made))
 
 
+def logits_head(decoder, hidden, batch, wanted):
+    """What predicts each scored token, before it is multiplied with the vocabulary: `losses.by_chunk` does that."""
+    return {"logits": Projected(hidden.index_select(0, batch["predict_from"]), decoder.lm_head.weight)}
+
+
 def reward_head(decoder, hidden, batch, wanted):
     """The score of each response at its last token, (R,), in fp32."""
     with torch.autocast(hidden.device.type, enabled=False):
         hidden = hidden.index_select(0, batch["last"]).to(decoder.score.weight.dtype)
         return {"reward": decoder.score(hidden)[:, 0]}
+
+
+def step_head(decoder, hidden, batch, wanted):
+    """Logits of a bad and of a good step at each step's own token, (N, 2), in fp32: of the score head, or of two tokens of the
+    vocabulary."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        if decoder.reward_tokens:
+            weight = decoder.lm_head.weight[list(decoder.reward_tokens)]
+            return {"step_logits": F.linear(hidden.index_select(0, batch["own"]).to(weight.dtype), weight)}
+        return {"step_logits": decoder.score(hidden.index_select(0, batch["own"]).to(decoder.score.weight.dtype))}
 
 
 class Head(NamedTuple):
@@ -316,13 +331,19 @@ class Head(NamedTuple):
 
 
 HEADS = {**dict.fromkeys(("log_probs", "entropy", "collision"), Head(token_head, "lm_head")),
-         "reward": Head(reward_head, "score", 1)}  # stream that a loss reads -> the head that makes it
+         "logits": Head(logits_head, "lm_head"), "reward": Head(reward_head, "score", 1),
+         "step_logits": Head(step_head, "score", 2)}  # stream that a loss reads -> the head that makes it
 LANGUAGE = {"lm_head": 0}  # the modules of a language model
 
 
-def modules(outputs: list[str]) -> dict[str, int]:
-    """The modules that these streams need, with the labels of each."""
-    return {HEADS[name].module: HEADS[name].labels for name in outputs}
+def modules(outputs: list[str], reward_tokens: bool = False) -> dict[str, int]:
+    """The modules that these streams need, with the labels of each. reward_tokens: the language model's head judges steps."""
+    needed = [HEADS["log_probs"] if reward_tokens and HEADS[name].labels > 1 else HEADS[name] for name in outputs]
+    labels = {head.labels for head in needed if head.module == "score"}
+    if len(labels) > 1:
+        raise ValueError(f"{' and '.join(outputs)} are of score heads with {' and '.join(map(str, labels))} labels; a model has "
+                         f"one")
+    return {head.module: head.labels for head in needed}
 
 
 class Decoder(nn.Module):
@@ -330,7 +351,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: dict, where: str = "config", heads: dict[str, int] = LANGUAGE):
         super().__init__()
-        self.config, self.shape, self.compiled = config, read_shape(config, where), False
+        self.config, self.shape, self.compiled, self.reward_tokens = config, read_shape(config, where), False, ()
         self.model = Trunk(self.shape)
         if "lm_head" in heads:
             self.lm_head = nn.Linear(self.shape.hidden_size, self.shape.vocab_size, bias=False)
@@ -540,6 +561,8 @@ def save(decoder: Decoder, folder: Path, dtype: torch.dtype, tokenizer_from: Pat
     state = {name: p.detach().to("cpu", dtype) for name, p in decoder.named_parameters()}  # shared parameters once
     if decoder.shape.gpt2:
         state = to_gpt2(state)
+        if hasattr(decoder, "score") and decoder.score.out_features > 1:  # transformers' name for it in GPT-2
+            state = {name.replace("score.", "classifier."): tensor for name, tensor in state.items()}
     save_file({name: t.contiguous() for name, t in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     config = {**decoder.config, **architecture(decoder), "tie_word_embeddings": decoder.shape.tied,
               "torch_dtype": str(dtype).removeprefix("torch."), **({"pad_token_id": pad[0]} if pad else {})}

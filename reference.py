@@ -1,4 +1,4 @@
-"""Columns of a batch that need a forward but no gradient: the frozen reference's log-probs.
+"""Columns of a batch that need a forward but no gradient: the frozen reference's log-probs, a teacher's highest logits.
 
 A source takes the micro-batches of a step and adds a column to each. The reference is loaded from its own folder, never
 taken from the live model, and runs through the training path: at step 0 policy and reference agree to the last bits.
@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data import Dataset, Layout, in_order, micro_batches
+from losses import head_chunk
 from model import find_folder
 
 
@@ -55,40 +55,58 @@ def key(weights: str, dataset: Dataset, precision: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def read(path: Path, size: int) -> torch.Tensor | None:
-    """The cached table, or None where there is none; a file that does not hold it whole counts as none."""
+def read(path: Path, size: int) -> dict | None:
+    """The cached tables, or None where there are none; a file that does not hold them whole counts as none."""
     try:
-        with safe_open(path, framework="pt") as tensors:
-            table = tensors.get_tensor("log_probs")
+        tables = load_file(path)
     except Exception:
         return None
-    return table if len(table) == size else None
+    return tables if tables and all(len(table) == size for table in tables.values()) else None
 
 
-def precompute(load: Callable, weights: str, dataset: Dataset, layout: Layout, precision: str, machine,
-               cache_dir: str) -> torch.Tensor:
-    """Reference log-probs of every scored token, (dataset.offsets[-1],): from the cache on disk, or by one pass over the
-    rows, shared between the ranks. load() gives the frozen model, which is freed afterwards."""
-    path = Path(cache_dir).expanduser() / f"reference-{key(weights, dataset, precision)}.safetensors"
-    table = read(path, int(dataset.offsets[-1]))
-    if machine.sum(torch.tensor(float(table is None), device=layout.device)) == 0:  # every rank has it
+def log_probs(load: Callable, weights: str, dataset: Dataset, layout: Layout, precision: str, machine,
+              cache_dir: str) -> torch.Tensor:
+    """Of every scored token of the rows, (dataset.offsets[-1],)."""
+    def of(decoder, batch):
+        return {"log_probs": decoder(batch, ["log_probs"])["log_probs"]}
+    return precompute(load, of, "reference log-probs", weights, dataset, layout, precision, machine, cache_dir)["log_probs"]
+
+
+def top_logits(load: Callable, weights: str, dataset: Dataset, layout: Layout, k: int, precision: str, machine, cache_dir: str):
+    """The k highest logits of every scored token and where they are, (dataset.offsets[-1], k) each, and the vocabulary."""
+    def of(decoder, batch):
+        logits, chunk = decoder(batch, ["logits"])["logits"], head_chunk(len(decoder.lm_head.weight), machine.device)
+        parts = [logits.rows(start, start + chunk).topk(k) for start in range(0, len(logits.hidden), chunk)]
+        return {"top": torch.cat([p.values for p in parts]), "index": torch.cat([p.indices for p in parts]).int(),
+                "vocab": torch.full((len(logits.hidden),), len(decoder.lm_head.weight), dtype=torch.int32, device=machine.device)}
+    made = precompute(load, of, f"teacher's top {k} logits", weights, dataset, layout, precision, machine, cache_dir)
+    return made["top"], made["index"], int(made["vocab"][0])
+
+
+def precompute(load: Callable, of: Callable, what: str, weights: str, dataset: Dataset, layout: Layout, precision: str, machine,
+               cache_dir: str) -> dict[str, torch.Tensor]:
+    """Tables of what of(decoder, batch) says of each scored token, name -> (dataset.offsets[-1], ...): from the cache on disk, or
+    by one pass over the rows, shared between the ranks. load() gives the frozen model, which is freed afterwards."""
+    path = Path(cache_dir).expanduser() / f"reference-{key(weights, dataset, f'{precision} {what}')}.safetensors"
+    tables = read(path, int(dataset.offsets[-1]))
+    if machine.sum(torch.tensor(float(tables is None), device=layout.device)) == 0:  # every rank has it
         if machine.rank == 0:
-            print(f"reference log-probs of {len(dataset):,} rows: from {path}")
-        return table.to(layout.device)
-    decoder = load()
-    table = torch.zeros(int(dataset.offsets[-1]), device=layout.device,
-                        dtype=torch.promote_types(torch.float32, decoder.lm_head.weight.dtype))
-    for rows in tqdm(list(in_order(dataset)), desc="reference log-probs", disable=machine.rank > 0, leave=False):
+            print(f"{what} of {len(dataset):,} rows: from {path}")
+        return {name: table.to(layout.device) for name, table in tables.items()}
+    decoder, tables = load(), {}
+    for rows in tqdm(list(in_order(dataset)), desc=what, disable=machine.rank > 0, leave=False):
         for batch in micro_batches(dataset, rows, layout, machine.rank, machine.world)[0]:
             with torch.no_grad(), machine.autocast():
-                real = batch["scored"]
-                table[batch["scored_index"][:real]] = decoder(batch, ["log_probs"])["log_probs"][:real]
-    table = machine.sum(table)  # disjoint shares
+                made, real = of(decoder, batch), batch["scored"]
+            for name, values in made.items():
+                table = tables.setdefault(name, values.new_zeros(int(dataset.offsets[-1]), *values.shape[1:]))
+                table[batch["scored_index"][:real]] = values[:real]
+    tables = {name: machine.sum(table) for name, table in tables.items()}  # disjoint shares
     if machine.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
-        save_file({"log_probs": table.cpu()}, part)
+        save_file({name: table.cpu() for name, table in tables.items()}, part)
         os.replace(part, path)
     del decoder
     gc.collect()  # compiled blocks are in reference cycles
-    return table
+    return tables

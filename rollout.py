@@ -10,7 +10,8 @@ import torch.nn.functional as F
 def generate(decoder, prompts: list, *, max_new_tokens: int, stop: set[int], temperature: float = 0.0, seed: int = 0,
              batch: int = 256) -> list[list[int]]:
     """Continuations of prompts (lists of ids), without the stop token: greedy, or sampled at a temperature. The cache holds C =
-    longest prompt + max_new_tokens slots; a key's slot is its position, so rows of different lengths need no padding on the left."""
+    longest prompt + max_new_tokens slots; a key's slot is its position, so rows of different lengths need no padding on
+    the left."""
     answers = []
     with torch.compiler.set_stance("force_eager"):  # its shapes are its own: they would use up the blocks' compilations
         for start in range(0, len(prompts), batch):

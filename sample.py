@@ -8,7 +8,9 @@ options here too.
 """
 import argparse
 import json
+import math
 import sys
+import types
 
 import torch
 from tqdm import tqdm
@@ -25,12 +27,14 @@ class Scorer:
     """A model folder and what its heads say of the responses of an example."""
 
     def __init__(self, name: str, cfg):
-        self.cfg, self.machine, folder = cfg, train.find_machine(cfg), model.find_folder(name)
+        self.machine, folder = train.find_machine(cfg), model.find_folder(name)
         described = model.read_json(folder / "config.json")
-        kind = next((kind for kind in SAY if described.get("architectures", [""])[0].endswith(kind)), "")
-        self.stream, self.say = SAY[kind]
+        self.cfg = types.SimpleNamespace(**{**vars(cfg), "step_token": described.get("step_token", cfg.step_token),
+                                            "reward_tokens": tuple(described.get("reward_tokens", ()))})
+        kind = next(kind for kind in SAY if described.get("architectures", [""])[0].endswith(kind))
+        self.stream, self.say = SAY["ForTokenClassification" if self.cfg.reward_tokens else kind]
         self.tokenizer = data.Tokenizer(folder, cfg.chat_template)
-        self.decoder = train.load_model(cfg, self.machine, name, self.tokenizer, [self.stream])[0].requires_grad_(False)
+        self.decoder = train.load_model(self.cfg, self.machine, name, self.tokenizer, [self.stream])[0].requires_grad_(False)
 
     def layout(self, dataset: data.Dataset) -> data.Layout:
         machine = self.machine
@@ -58,7 +62,17 @@ def logps_of(batch: dict, log_probs: torch.Tensor) -> list[dict]:
     return [{"logps": s, "tokens": n} for s, n in zip(sums, batch["lengths"].tolist())]
 
 
+def steps_of(batch: dict, logits: torch.Tensor) -> list[dict]:
+    """Of each response the probability of each step, that they are all good by three readings, and the first that is not."""
+    p, said = (logits[:, 1] - logits[:, 0]).sigmoid()[:batch["scored"]].split(batch["lengths"].tolist()), []
+    for steps in (part.tolist() for part in p):
+        wrong = next((i for i, q in enumerate(steps) if q < 0.5), None)
+        said.append({"steps": steps, "min": min(steps), "product": math.prod(steps), "last": steps[-1], "first_wrong": wrong})
+    return said
+
+
 SAY = {"ForSequenceClassification": ("reward", lambda batch, reward: reward.tolist()),
+       "ForTokenClassification": ("step_logits", steps_of),
        "": ("log_probs", logps_of)}  # end of an architecture's name -> the stream that is read, and what is said of each response
 
 
@@ -77,12 +91,28 @@ def score(options, cfg):
     scorer = Scorer(options.model, cfg)
     first = next(data.read_rows(options.data))[1]
     first = json.loads(first) if isinstance(first, bytes) else first
-    kind = options.kind or ("preference" if {"chosen", "responses"} & first.keys() else "sft")
-    dataset = data.load(options.data, kind, scorer.tokenizer, cfg)
+    kind = "preference" if {"chosen", "responses"} & first.keys() else "sft"
+    kind = options.kind or ("steps" if scorer.stream == "step_logits" else kind)
+    dataset = data.load(options.data, kind, scorer.tokenizer, scorer.cfg)
     if len(dataset) != dataset.counts["read"]:
         raise ValueError(f"{options.data}: {dataset.counts['read']} rows, of which {len(dataset)} have a response to score; "
                          f"scores would not be in the rows' order")
-    return lines(scorer.scores(dataset), dataset)
+    found = scorer.scores(dataset)
+    if scorer.stream == "step_logits" and "labels" in first:
+        report_steps(found, dataset)
+    return lines(found, dataset)
+
+
+def report_steps(found: list[list], dataset: data.Dataset):
+    """How often the first wrong step is found, of solutions that have one, that have none, and the F1 of both."""
+    hits = {True: [], False: []}
+    for said, e in zip(found, dataset.examples):
+        for one, labels, scored in zip(said, e.labels, e.scored):
+            wrong = next((i for i, p in enumerate(labels[scored]) if p < 0.5), None)
+            hits[wrong is None].append(one["first_wrong"] == wrong)
+    wrong, right = (sum(hits[k]) / max(len(hits[k]), 1) for k in (False, True))
+    print(f"first wrong step: found in {wrong:.4f} of {len(hits[False])} solutions with one; {right:.4f} of {len(hits[True])} "
+          f"without pass; F1 {2 * wrong * right / max(wrong + right, 1e-9):.4f}", file=sys.stderr)
 
 
 def best(options, cfg):
@@ -110,8 +140,8 @@ def best(options, cfg):
     if check:
         each = [r for line in said for r in line["right"]]
         share = lambda right: sum(right) / len(said)
-        print(f"right: {sum(each) / len(each):.4f} of all answers, {share(line['best_right'] for line in said):.4f} of the best of "
-              f"{options.n}; {share(any(line['right']) for line in said):.4f} have a right one", file=sys.stderr)
+        print(f"right: {sum(each) / len(each):.4f} of all answers, {share(line['best_right'] for line in said):.4f} of the best "
+              f"of {options.n}; {share(any(line['right']) for line in said):.4f} have a right one", file=sys.stderr)
     return said
 
 

@@ -91,10 +91,11 @@ def train(cfg):
         raise ValueError(f"out_dir {cfg.out_dir} is not empty; go on with --resume, name another --out_dir, or remove it")
     terms, kind = config.terms(cfg, machine.compiled), config.data_kind(cfg)
     missing = losses.streams(terms) - model.HEADS.keys() - SOURCES.keys() - losses.RUNNING.keys()
-    if missing or kind not in data.FORMATS.keys() - {"prompts"}:  # prompts alone hold nothing to train
+    if missing or kind not in data.FORMATS.keys() - {"prompts", "steps"}:  # which hold nothing to train
         raise ValueError(f"objective {'+'.join(cfg.weights)}: a run cannot train it yet, nothing provides "
                          f"{', '.join(sorted(missing)) or kind + ' rows'}; on tensors it works, see losses.py")
-    start_from = run_stage(cfg, machine, say) if cfg.init_from.endswith(".py") else cfg.init_from
+    start_from, teacher = (run_stage(path, cfg, machine, say) if path.endswith(".py") else path
+                           for path in (cfg.init_from, cfg.teacher))
     if machine.compiled:
         torch.compiler.reset()  # a stage before this one had shapes of its own
     machine.barrier()
@@ -122,7 +123,7 @@ def train(cfg):
         losses.head_chunk(decoder.shape.vocab_size, machine.device), machine.device)
 
     # The columns that sources add to each step: split -> (batches, epoch) -> None
-    run = Run(cfg, machine, decoder, tokenizer, start_from, datasets, layout, losses.streams(terms))
+    run = Run(cfg, machine, decoder, tokenizer, start_from, teacher, datasets, layout, losses.streams(terms))
     sources = [make(run) for make in dict.fromkeys(SOURCES[name] for name in sorted(run.streams & SOURCES.keys()))]
     running = {name: torch.zeros(2, dtype=torch.float64, device=machine.device)  # sum and count of a metric over all steps
                for name in sorted(losses.streams(terms) & losses.RUNNING.keys())}
@@ -247,23 +248,23 @@ def train(cfg):
     machine.barrier()
 
 
-def run_stage(cfg, machine: Machine, say: Callable) -> str:
+def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
     """The model folder of another config's run. The run is made first where it is missing, taken up where it was cut
     off, and made again where it came from another config (the old folder is kept under another name)."""
-    stage = config.load_stage(cfg.init_from, cfg)
+    stage = config.load_stage(path, cfg)
     out, digest = Path(stage.out_dir), config.digest(stage)
     machine.barrier()
     found = model.read_json(out / "run.json") if (out / "run.json").is_file() else {"digest": None, "finished": False}
     machine.barrier()  # every rank has looked before any of them writes
     if found["digest"] == digest and found["finished"] and (out / "model").is_dir():
-        say(f"{cfg.init_from}: {out / 'model'} is there")
+        say(f"{path}: {out / 'model'} is there")
         return str(out / "model")
     if out.exists() and any(out.iterdir()) and found["digest"] != digest and machine.rank == 0:
         aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.old{i}")).exists())
         out.rename(aside)
-        say(f"{cfg.init_from}: {out} came from another config or seed; kept as {aside}")
+        say(f"{path}: {out} came from another config or seed; kept as {aside}")
     machine.barrier()
-    say(f"{cfg.init_from}: running this stage first")
+    say(f"{path}: running this stage first")
     stage.resume = found["digest"] == digest
     train(stage)
     gc.collect()  # compiled blocks are in reference cycles
@@ -274,7 +275,7 @@ def load_model(cfg, machine: Machine, name: str, tokenizer: data.Tokenizer, outp
                ) -> tuple[model.Decoder, torch.dtype]:
     """The model a run starts from, or its frozen reference, with the heads that make these outputs: one way for both, so that
     they agree to the last bit."""
-    heads = model.modules(outputs)
+    heads = model.modules(outputs, bool(cfg.reward_tokens))
     if name == "scratch":
         if not cfg.scratch or not cfg.tokenizer:
             raise ValueError("init_from = 'scratch' needs scratch = {model_type, hidden_size, ...} and tokenizer = a folder")
@@ -282,6 +283,9 @@ def load_model(cfg, machine: Machine, name: str, tokenizer: data.Tokenizer, outp
         decoder, saved = model.scratch({**tokens, **cfg.scratch}, cfg.seed, heads), torch.float32
     else:
         decoder, saved = model.load(model.find_folder(name), heads, cfg.seed)
+    if "step_logits" in outputs:
+        decoder.config |= {"step_token": cfg.step_token, "reward_tokens": list(cfg.reward_tokens)}
+        decoder.reward_tokens = tuple(map(tokenizer.one, cfg.reward_tokens))
     if decoder.shape.vocab_size < tokenizer.fast.get_vocab_size():
         raise ValueError(f"{name}: {decoder.shape.vocab_size} embeddings, and {tokenizer.folder} has "
                          f"{tokenizer.fast.get_vocab_size()} tokens")
@@ -306,6 +310,7 @@ class Run(NamedTuple):
     decoder: model.Decoder
     tokenizer: data.Tokenizer
     start_from: str
+    teacher: str
     datasets: dict
     layout: data.Layout
     streams: set  # that the losses read
@@ -315,12 +320,16 @@ class Run(NamedTuple):
         name = self.cfg.reference or self.start_from
         return load_model(self.cfg, self.machine, name, self.tokenizer, ["log_probs"])[0].requires_grad_(False)
 
+    def precision(self) -> str:
+        """What numbers depend on besides weights and rows."""
+        machine = self.machine
+        return f"{machine.device} {machine.dtype} {torch.__version__} compiled={machine.compiled} {self.layout.tokens}"
+
     def reference_table(self, dataset: data.Dataset) -> torch.Tensor:
         """The reference's log-probs of every scored token of these rows, computed once and kept on disk."""
-        machine, layout = self.machine, self.layout
-        precision = f"{machine.device} {machine.dtype} {torch.__version__} compiled={machine.compiled} {layout.tokens}"
         weights = reference.fingerprint(self.cfg.reference or self.start_from, config.as_json(self.cfg))
-        return reference.precompute(self.reference, weights, dataset, layout, precision, machine, self.cfg.cache_dir)
+        return reference.log_probs(self.reference, weights, dataset, self.layout, self.precision(), self.machine,
+                                   self.cfg.cache_dir)
 
 
 def reference_source(run: Run) -> dict[str, Callable]:
@@ -404,7 +413,41 @@ def step_source(decoder, terms: list, outputs: list[str], machine: Machine) -> C
     return add
 
 
-SOURCES = {"reference_log_probs": reference_source, "policy_KL_logps": mismatched_source,
+def teacher_source(run: Run) -> dict[str, Callable]:
+    """The teacher's logits, not yet made: its hidden states and its head; or its highest ones, from the disk."""
+    cfg, machine = run.cfg, run.machine
+    if not run.teacher:
+        raise ValueError("distillation needs teacher, a model folder or a config file")
+    theirs, ours = (t.fast.get_vocab() for t in (data.Tokenizer(model.find_folder(run.teacher)), run.tokenizer))
+    for token in [token for token in ours if theirs.get(token) != ours[token]][:1]:
+        raise ValueError(f"teacher {run.teacher}: token {token!r} is {theirs.get(token)} there and {ours[token]} in "
+                         f"{run.tokenizer.folder}; distillation compares logits token by token")
+
+    def frozen():
+        return load_model(cfg, machine, run.teacher, run.tokenizer, ["logits"])[0].requires_grad_(False)
+
+    def live(decoder):
+        def add(batches, epoch):
+            for batch in batches:
+                with torch.no_grad(), machine.autocast():
+                    batch["teacher_logits"] = decoder(batch, ["logits"])["logits"]
+        return add
+    if not cfg.teacher_top_k:
+        return dict.fromkeys(run.datasets, live(frozen()))
+
+    def of(dataset):
+        top, index, vocab = reference.top_logits(frozen, reference.fingerprint(run.teacher, {}), dataset, run.layout,
+                                                 cfg.teacher_top_k, run.precision(), machine, cfg.cache_dir)
+
+        def add(batches, epoch):
+            for batch in batches:
+                at = batch["scored_index"]
+                batch["teacher_logits"] = losses.TopLogits(top[at], index[at], vocab)
+        return add
+    return {split: of(dataset) for split, dataset in run.datasets.items()}
+
+
+SOURCES = {"reference_log_probs": reference_source, "teacher_logits": teacher_source, "policy_KL_logps": mismatched_source,
            "reference_KL_logps": mismatched_source}  # column that a loss reads -> what adds it to the batches of a step
 
 

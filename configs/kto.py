@@ -10,4 +10,4 @@ objective = "kto"
 out_dir = "out/kto"
 beta = 0.1
 nll_coef = 0.0
-lr = 1e-4
+lr = 1e-5

@@ -665,7 +665,7 @@ def test_build_by_hand():
     assert (batch["num_responses"], batch["longest"], batch["scored"]) == (3, 2, 4)
     assert all(batch[name].dtype == torch.int64 for name in BY_HAND if name not in ("demonstrated", "margin"))
     assert data.count([PAIR, SINGLE]) == dict(stream_tokens=9, tokens=4, responses=3, demonstrated_tokens=3, demonstrations=2,
-                                              pairs=1, examples=2)
+                                              pairs=1, examples=2, steps=0)
 
 
 @pytest.mark.parametrize("members, tokens, length, chunk, scored", [
@@ -743,3 +743,76 @@ def test_mismatched_responses_are_of_other_prompts():
         assert j // 3 != i // 3 and len(e.responses[0]) == min(1 + j % 4, 2) == len(e.scored[0]) and e.prompt is mine.prompt
     with pytest.raises(ValueError, match="hand:1: every row has this row's prompt"):
         data.mismatched(as_dataset([tree([1], [[2]], [[1]])] * 3), 0, 0, 9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps of a solution
+
+
+def steps_of(row):
+    draft = data.prm_row(row, "all", False)
+    return draft.prompt, [[(step.text, None if step.label != step.label else step.label) for step in response] for response in draft.responses]
+
+
+KI = data.STEP_TAGS[0]
+
+
+@pytest.mark.parametrize("row, prompt, steps", [
+    ({"prompt": "p", "completions": ["a", "b", "c", "d", "e"], "labels": [True, "-", 0.3, None, 1]}, "p", [[("a", 1), ("b", 0), ("c", 0.3), ("d", None), ("e", 1)]]),
+    ({"input": f"How? Step 1: a {KI}\nStep 2: b {KI}", "label": "How? Step 1: a +\nStep 2: b -"}, "How?", [[("Step 1: a", 1), ("Step 2: b", 0)]]),
+    ({"input": "a <extra_0>b <extra_0>", "value": [0.25, 0.5]}, "", [[("a", 0.25), ("b", 0.5)]]),
+    ({"input": "q", "steps": ["a", "b", "c"], "mistake_index": 1}, "q\n", [[("a", 1), ("b", 0), ("c", None)]]),
+    ({"input": "q", "steps": ["a", "b"], "mistake_index": None}, "q\n", [[("a", 1), ("b", 1)]]),
+    ({"question": {"problem": "q"}, "label": {"steps": [
+        {"completions": [{"text": "a", "rating": 1}], "chosen_completion": 0},
+        {"completions": [{"text": "x", "rating": -1}, {"text": "b", "rating": 0}], "chosen_completion": 1},
+        {"completions": [{"text": "y", "rating": -1}], "chosen_completion": None, "human_completion": {"text": "c", "rating": None}},
+        {"completions": [{"text": "z", "rating": -1}], "chosen_completion": None, "human_completion": None}]}}, "q\n",
+     [[("a", 1), ("b", 1), ("c", None)], [("a", None), ("x", 0)], [("a", None), ("b", None), ("y", 0)], [("a", None), ("b", None), ("c", None), ("z", 0)]])],
+    ids=["stepwise", "math-shepherd", "tagged values", "bigbench", "bigbench without a mistake", "prm800k"])
+def test_step_formats(row, prompt, steps):
+    assert steps_of(row) == (prompt, steps)
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"prompt": "p", "completions": ["a", "b"], "labels": [True]}, "2 steps and 1 labels"), ({"prompt": "p", "completions": ["a"], "labels": [True, True]}, "1 steps and 2 labels"),
+    ({"prompt": "p", "completions": ["a"], "labels": [1.5]}, "a step's label should be .* found 1.5"), ({"prompt": "p", "completions": ["a"], "labels": ["good"]}, "found 'good'"),
+    ({"prompt": "p", "completions": ["a"], "labels": [-1]}, "found -1"), ({"prompt": "p", "completions": [], "labels": []}, "steps should be a list of texts"),
+    ({"prompt": "p", "completions": ["a"]}, "1 steps and None labels"), ({"input": "no tag", "label": "no tag"}, "'input' has none of the step tags"),
+    ({"input": f"a {KI}", "label": "b +"}, "they part at 'a '"), ({"input": f"a {KI}", "label": "a ?"}, "found '\\?'"), ({"x": 1}, r"found keys \['x'\]")])
+def test_what_is_wrong_with_steps_is_said(row, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        data.prm_row(row, "all", False)
+    with pytest.raises(ValueError, match=f"rows.jsonl:2: .*{message}"):
+        data.load(write(tmp_path / "rows.jsonl", [{"prompt": "1", "completions": ["2"], "labels": [True]}, row]), "prm", arithmetic(), config.load([]), False)
+
+
+def arithmetic():
+    return data.Tokenizer(ROOT / "tasks/arithmetic")
+
+
+def test_step_tokens_are_where_steps_end(tmp_path):
+    """As ids, whatever the text holds: a step with a newline of its own has one scored place, at its end. A row without any
+    label is dropped and counted; truncation takes labels along."""
+    rows = [{"prompt": "1+2=", "completions": ["3", "4\n5", "6"], "labels": [1, None, 0.9]}, {"prompt": "1", "completions": ["2"], "labels": [None]}]
+    dataset = data.load(write(tmp_path / "rows.jsonl", rows), "prm", arithmetic(), config.load([]), False)
+    assert (dataset.counts["read"], dataset.counts["used"], dataset.counts["dropped"]) == (2, 1, 1)
+    e, = dataset.examples
+    newline = arithmetic().one("\n")
+    assert arithmetic().decode(e.responses[0]) == "3\n4\n5\n6\n" and np.flatnonzero(e.scored[0]).tolist() == [1, 5, 7]
+    assert e.responses[0][e.scored[0]].tolist() == [newline] * 3 and e.labels[0][e.scored[0]].tolist() == pytest.approx([1, np.nan, 0.9], nan_ok=True)
+    batch = data.build([(0, e)], dataset, layout(32))
+    assert batch["own"].tolist() == [5, 9, 11] and batch["step_mask"].tolist() == [True, False, True] and data.count([e])["steps"] == 2
+    assert batch["step_labels"][2] == np.float32(0.9)
+    short = data.load(write(tmp_path / "rows.jsonl", rows[:1]), "prm", arithmetic(), config.load(["--max_length=8", "--max_prompt_length=4"]), False)
+    assert short.counts["truncated"] == 1 and short.examples[0].labels[0].tolist()[1] == 1 and len(short.examples[0].labels[0]) == len(short.examples[0].responses[0]) == 4
+    with pytest.raises(ValueError, match="'12' is 2 tokens in .*; it has to be one"):
+        data.load(str(tmp_path / "rows.jsonl"), "prm", arithmetic(), config.load(["--step_token=12"]), False)
+
+
+@pytest.mark.parametrize("file, read, labelled", [("samples_math-shepherd.jsonl", 7, None), ("samples_prm800k.jsonl", 6, 73), ("bigbench-mistake-arithmetic.jsonl", 300, None)])
+def test_real_steps(real, stories, file, read, labelled):
+    """Every row of the real files is read and used, none silently; every rating of PRM800K is a label once."""
+    dataset = data.load(str(real / "prm" / file), "prm", data.Tokenizer(stories), config.load(["--max_length=100000"]), False)
+    assert (dataset.counts["read"], dataset.counts["used"], dataset.counts["dropped"]) == (read, read, 0)
+    assert labelled is None or data.count(dataset.examples)["steps"] == labelled

@@ -146,3 +146,51 @@ def test_a_margin_and_a_ranking_reach_the_loss(tmp_path, monkeypatch):
     cfg = config.load(options(tmp_path, "rm"))
     ranked = data.load(str(tmp_path / "ranked.jsonl"), "preference", data.Tokenizer(ROOT / "tasks/arithmetic"), cfg, False)
     assert (ranked.examples[0].chosen, ranked.examples[0].rejected) == ([0, 0, 1], [1, 2, 2]) and data.count(ranked.examples)["pairs"] == 6
+
+
+STEPS = "tasks/arithmetic/steps_eval.jsonl"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("tokens", [(), ("+", "=")])
+def test_steps_are_scored_as_in_transformers(family, tokens, tmp_path, monkeypatch):
+    """A head of two labels loads as AutoModelForTokenClassification, two tokens of the vocabulary as a causal model: the
+    probability of each step from plain forward passes."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(ROOT)
+    scratch = {"scratch": {"model_type": family, **TINY[family]}} if family == "gpt2" else {}
+    train.train(config.load(options(tmp_path, "prm", dtype="float32", save_dtype="float32", reward_tokens=tokens, **scratch)))
+    sample.main(["score", f"--model={tmp_path / 'run'}", f"--data={STEPS}", f"--out={tmp_path / 's.jsonl'}", "--device=cpu"])
+    found = [json.loads(line)["score"] for line in open(tmp_path / "s.jsonl")]
+    kind = transformers.AutoModelForCausalLM if tokens else transformers.AutoModelForTokenClassification
+    theirs, tokenizer = kind.from_pretrained(tmp_path / "run" / "model"), data.Tokenizer(tmp_path / "run" / "model")
+    columns = [tokenizer.one(t) for t in tokens] or [0, 1]
+    for row, said in list(zip(map(json.loads, open(STEPS)), found, strict=True))[:20]:
+        text, ends = row["prompt"], []
+        for step in row["completions"]:
+            text += step + "\n"
+            ends.append(len(text) - 1)  # a character is a token
+        with torch.no_grad():
+            logits = theirs(torch.tensor([tokenizer.fast.encode(text).ids])).logits[0, ends][:, columns]
+        expected = logits.softmax(-1)[:, 1].tolist()
+        assert said["steps"] == pytest.approx(expected, abs=1e-5)
+        assert (said["min"], said["product"], said["last"]) == pytest.approx((min(expected), math.prod(expected), expected[-1]), abs=1e-5)
+        wrong = [i for i, p in enumerate(said["steps"]) if p < 0.5]
+        assert said["first_wrong"] == (wrong[0] if wrong else None)
+
+
+def test_unlabelled_steps_do_not_count(tmp_path, monkeypatch):
+    """The loss of a row with one labelled step is that of the step alone."""
+    monkeypatch.chdir(ROOT)
+    rows = {"one": [1, None, None], "all": [1, 1, 1]}
+    for name, labels in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "1+1=", "completions": ["2", "2", "2"], "labels": labels}) + "\n")
+        train.train(config.load(options(tmp_path, "prm", name, train_data=tmp_path / f"{name}.jsonl", max_steps=1, batch_size=1)))
+    sample.main(["score", f"--model={tmp_path / 'one'}", f"--data={tmp_path / 'one.jsonl'}", f"--out={tmp_path / 's.jsonl'}", "--device=cpu"])
+    assert len(json.loads((tmp_path / "s.jsonl").read_text())["score"]["steps"]) == 3
+    assert lines(tmp_path / "one")[0]["loss"] != pytest.approx(lines(tmp_path / "all")[0]["loss"], rel=1e-6)
+
+
+def test_a_model_has_one_score_head():
+    with pytest.raises(ValueError, match="of score heads with 1 and 2 labels; a model has one|of score heads with 2 and 1"):
+        model.modules(["reward", "step_logits"])

@@ -16,14 +16,14 @@ import train
 from conftest import ROOT
 
 TRAINED = [name for name, o in losses.OBJECTIVES.items()  # what a run can train
-           if (o.data or "sft") in data.FORMATS.keys() - {"prompts"} and losses.streams([losses.bind(name, 1.0, o.hyperparameters)])
+           if (o.data or "sft") in data.FORMATS.keys() - {"prompts", "steps"} and losses.streams([losses.bind(name, 1.0, o.hyperparameters)])
            <= model.HEADS.keys() | train.SOURCES.keys() | losses.RUNNING.keys()]
 WIRINGS = {(o.data, o.reads, o.coupled): name for name, o in reversed(losses.OBJECTIVES.items()) if name in TRAINED}  # a loss of each
 
 
 SMALL = dict(model_type="llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.15)
-ROWS = {"sft": "tasks/arithmetic/sft_eval.jsonl", "preference": "tasks/arithmetic/pairs_eval.jsonl", "kto": "tasks/arithmetic/pairs_eval.jsonl", None: "tasks/arithmetic/sft_eval.jsonl"}
+ROWS = {"sft": "tasks/arithmetic/sft_eval.jsonl", "preference": "tasks/arithmetic/pairs_eval.jsonl", "kto": "tasks/arithmetic/pairs_eval.jsonl", "prm": "tasks/arithmetic/steps_eval.jsonl", None: "tasks/arithmetic/sft_eval.jsonl"}
 
 
 def options(tmp_path, name="dpo", out="run", **changes):
@@ -32,6 +32,11 @@ def options(tmp_path, name="dpo", out="run", **changes):
                  train_data=ROWS.get(losses.OBJECTIVES[name].data, "nowhere"), out_dir=tmp_path / out, cache_dir=tmp_path / "cache",
                  batch_size=26, max_steps=4, lr=1e-2, max_length=64, dtype="float64", save_dtype="float64", device="cpu",
                  compile=False)
+    if "teacher_logits" in losses.OBJECTIVES[name].reads and not (tmp_path / "teacher").exists():
+        teacher = model.scratch({**SMALL, "vocab_size": 16, "eos_token_id": 0, "num_hidden_layers": 1}, 5).double()
+        model.save(teacher, tmp_path / "teacher", torch.float64, ROOT / "tasks/arithmetic")
+    if "teacher_logits" in losses.OBJECTIVES[name].reads:
+        given["teacher"] = tmp_path / "teacher"
     return [f"--{key}={value}" for key, value in {**given, **changes}.items()]
 
 

@@ -73,6 +73,11 @@ def main(folder: Path, seed: int = 0, demonstrations: int = 8000, pairs: int = 2
             if wrong:
                 return {"prompt": prompt, "chosen": written(totals(numbers)[0]), "rejected": written(wrong)}
 
+    def steps():
+        numbers, prompt = next(stream)
+        lines, right = totals(numbers, rng, SLIP_RATE)
+        return {"prompt": prompt, "completions": list(map(str, lines)), "labels": right}
+
     def problem():
         numbers, prompt = next(stream)
         return {"prompt": prompt, "answer": str(sum(numbers))}
@@ -82,6 +87,8 @@ def main(folder: Path, seed: int = 0, demonstrations: int = 8000, pairs: int = 2
     write("pairs.jsonl", (pair() for _ in range(pairs)))
     write("pairs_eval.jsonl", (pair() for _ in range(held_out)))
     write("problems_eval.jsonl", (problem() for _ in range(held_out)))
+    write("steps.jsonl", (steps() for _ in range(2 * pairs)))
+    write("steps_eval.jsonl", (steps() for _ in range(held_out)))
     write_tokenizer(folder)
 
 

@@ -1,0 +1,18 @@
+"""Arithmetic process reward model from the SFT model: is each running total right, given the one before?
+
+    python train.py --config configs/prm.py
+
+NUMBERS
+"""
+objective = "prm"
+init_from = "configs/sft.py"
+train_data = "tasks/arithmetic/steps.jsonl"
+eval_data = "tasks/arithmetic/steps_eval.jsonl"
+max_length = 64
+out_dir = "out/prm"
+
+batch_size = 64
+epochs = 5
+lr = 1e-3
+warmup_steps = 10
+eval_every = 50
