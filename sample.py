@@ -11,7 +11,9 @@ import json
 import math
 import sys
 import types
+from collections import Counter
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -115,23 +117,40 @@ def report_steps(found: list[list], dataset: data.Dataset):
           f"without pass; F1 {2 * wrong * right / max(wrong + right, 1e-9):.4f}", file=sys.stderr)
 
 
+def answered(e: data.Example, answers: list[list[int]], eos: int) -> data.Example:
+    """A prompt with answers as its responses, each closed with EOS."""
+    ids = [np.array([*answer, eos], np.int32) for answer in answers]
+    return e._replace(responses=ids, scored=[np.ones(len(i), bool) for i in ids], demonstrated=[False] * len(ids))
+
+
+def in_steps(e: data.Example, texts: list[str], scorer: Scorer) -> data.Example:
+    """A prompt with answers whose lines are steps."""
+    if not isinstance(e.row["prompt"], str):
+        raise ValueError(f"{e.where}: a process reward model ranks answers to text prompts")
+    steps = [[data.Step(line, 0.0) for line in text.split("\n") if line] or [data.Step(" ", 0.0)] for text in texts]
+    draft = data.Draft(e.row["prompt"], steps, [False] * len(steps))
+    rendered = data.render(draft, scorer.tokenizer, "all")
+    return data.tokenize([(e.where, draft, *rendered)], scorer.tokenizer, "joint", Counter(), scorer.cfg.step_token)[0]
+
+
 def best(options, cfg):
-    """Best of n: sampled answers ranked by a reward model."""
+    """Best of n: sampled answers ranked by a reward model, or by the lowest step of a process reward model."""
     scorer, policy = Scorer(options.reward, cfg), Scorer(options.model, cfg)
     check = config.load([f"--config={options.check}"]).check if options.check else None
     prompts, said = data.load(options.data, "prompts", policy.tokenizer, cfg), []
-    if scorer.stream != "reward" or policy.stream != "log_probs":
+    if scorer.stream == "log_probs" or policy.stream != "log_probs":
         raise ValueError(f"best wants a language model and a reward model; {options.model} gives {policy.stream} and "
                          f"{options.reward} gives {scorer.stream}")
     ids = [e.prompt.tolist() for e in prompts.examples for _ in range(options.n)]
     answers = rollout.generate(policy.decoder, ids, max_new_tokens=cfg.max_new_tokens, stop={policy.tokenizer.eos},
                                temperature=options.temperature, seed=cfg.seed)
     answers = [answers[i * options.n:(i + 1) * options.n] for i in range(len(prompts))]
-    trees = [e._replace(responses=[data.np.array([*a, policy.tokenizer.eos], data.np.int32) for a in mine],
-                        scored=[data.np.ones(len(a) + 1, bool) for a in mine], demonstrated=[False] * options.n)
-             for e, mine in zip(prompts.examples, answers)]
-    for e, mine, rewards in zip(prompts.examples, answers, scorer.scores(data.as_dataset(trees, prompts.counts))):
-        texts = [policy.tokenizer.decode(a) for a in mine]
+    written = [[policy.tokenizer.decode(a) for a in mine] for mine in answers]
+    by_steps = scorer.stream == "step_logits"
+    trees = [in_steps(e, texts, scorer) if by_steps else answered(e, mine, policy.tokenizer.eos)
+             for e, mine, texts in zip(prompts.examples, answers, written)]
+    for e, texts, scores in zip(prompts.examples, written, scorer.scores(data.as_dataset(trees, prompts.counts))):
+        rewards = [score["min"] for score in scores] if by_steps else scores
         line = {"prompt": e.row["prompt"], "best": texts[rewards.index(max(rewards))], "answers": texts, "rewards": rewards}
         if check:
             right = [bool(check(e.row["prompt"], text, e.row)) for text in texts]
