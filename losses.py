@@ -242,6 +242,7 @@ READINGS = {
 }
 PREDICTED = {"chosen_reward": "chosen", "reject_reward": "rejected"}  # readings that eval writes down for every pair, under a key
 REPORTED = {"policy_chosen_logps": "logps/chosen", "policy_rejected_logps": "logps/rejected"}  # readings that are metrics too
+DERIVED = {"rewards/margins": ("rewards/desirable", "rewards/undesirable")}  # metric -> the two whose difference it is
 RUNNING = {"running_reward": "rewards/mean"}  # reading -> metric: its mean over all earlier steps
 
 

@@ -469,7 +469,8 @@ class Meter:
     def read(self, machine: Machine) -> dict[str, float]:
         """name -> mean over all micro-batches and ranks (of the loss: its sum, the shares add up)."""
         table = machine.sum(torch.stack(list(self.sums.values()))).tolist()
-        return {name: total / (count or 1) for name, (total, count) in zip(self.sums, table) if count or name == "loss"}
+        means = {name: total / (count or 1) for name, (total, count) in zip(self.sums, table) if count or name == "loss"}
+        return means | {name: means[a] - means[b] for name, (a, b) in losses.DERIVED.items() if a in means and b in means}
 
 
 def learning_rate(cfg, step: int, steps: int) -> float:

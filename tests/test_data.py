@@ -723,6 +723,14 @@ def labelled(count, every):
     return as_dataset([tree([i], [[1]], [[1]])._replace(chosen=[0] * (i % every != 0), rejected=[0] * (i % every == 0)) for i in range(count)])
 
 
+def test_real_labels(real, smollm2):
+    """Every row of the real file is used, with the labels that it has; long ones are cut and counted."""
+    rows = json.load(open(real / "kto" / "kto-en.json"))
+    dataset = data.load(str(real / "kto" / "kto-en.json"), "kto", data.Tokenizer(smollm2), config.load(["--max_length=512"]), False)
+    assert (dataset.counts["read"], dataset.counts["used"]) == (len(rows), len(rows)) and 0 < dataset.counts["truncated"] < len(rows)
+    assert [bool(e.chosen) for e in dataset.examples] == [row["label"] for row in rows] == [not e.rejected for e in dataset.examples]
+
+
 def test_desirable_and_undesirable_rows_take_turns():
     """Each step has them in the dataset's proportions, to within one; every row comes once an epoch, in another order each time."""
     dataset = labelled(100, 5)

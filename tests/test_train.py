@@ -1,5 +1,6 @@
 """The loop: results do not depend on micro-batches, ranks or interruptions. Real runs on the arithmetic rows."""
 import json
+import math
 import os
 import subprocess
 import sys
@@ -117,7 +118,8 @@ def test_first_gradient_in_fp32(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, compiled, ranks, dtype", [
     ("sft", False, 1, "float32"), ("dpo", False, 1, "float32"), ("dpo", False, 2, "float32"), ("bco_pair", False, 2, "float64"),
-    ("aot", False, 2, "float32"), ("dpo", True, 1, "float32")])
+    ("aot", False, 2, "float32"), ("dpo", True, 1, "float32"), ("rm", False, 1, "float32"), ("kto", False, 2, "float32"),
+    ("prm", False, 1, "float32"), ("kd", False, 1, "float32")])
 def test_resume_is_bitwise(name, compiled, ranks, dtype, tmp_path):
     more = dict(dtype=dtype, save_dtype=dtype, compile=compiled, save_every=2, micro_batch_tokens=128)
     run(options(tmp_path, name, "whole", **more), ranks)
@@ -128,6 +130,26 @@ def test_resume_is_bitwise(name, compiled, ranks, dtype, tmp_path):
     assert all(torch.equal(whole[n], parts[n]) for n in whole)
     for a, b in zip(lines(tmp_path / "whole"), lines(tmp_path / "parts"), strict=True):
         assert (a["step"], a["loss"], a["grad_norm"]) == (b["step"], b["loss"], b["grad_norm"])
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_a_run_with_one_class(label, tmp_path, monkeypatch):
+    """All desirable or all undesirable: KTO starts at 1/2 and moves, and reports no metric of the class that is not there."""
+    monkeypatch.chdir(ROOT)
+    rows = [{"prompt": r["prompt"], "completion": r["chosen"], "label": label} for r in map(json.loads, open(ROWS["preference"]))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:60]))
+    for name in ("kto", "kto_vanilla", "bco"):
+        train.train(config.load(options(tmp_path, name, name, train_data=tmp_path / "rows.jsonl")))
+        first, *_, last = lines(tmp_path / name)
+        assert first["loss"] == pytest.approx(math.log(2) if name == "bco" else 0.5, abs=1e-12) and last["loss"] != first["loss"]
+        assert ("rewards/desirable" in last, "rewards/undesirable" in last, "rewards/margins" in last) == (label, not label, False)
+
+
+def test_mixed_rows_report_their_margin(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    train.train(config.load(options(tmp_path, "kto")))
+    last = lines(tmp_path / "run")[-1]
+    assert last["rewards/margins"] == pytest.approx(last["rewards/desirable"] - last["rewards/undesirable"], abs=1e-12) and last["rewards/margins"] != 0
 
 
 def test_the_reference_is_the_start_and_not_the_policy(tmp_path, monkeypatch):
