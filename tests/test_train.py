@@ -103,6 +103,16 @@ def test_micro_batches_and_ranks_do_not_matter(name, batch_size, tmp_path, monke
     assert lines(tmp_path / "large", "eval")[-1]["loss"] != start  # it did train
 
 
+def test_rows_couple_across_ranks_of_one_micro_batch_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for out, tokens, ranks in (("large", 4096, 1), ("ranks", 512, 2)):
+        run(options(tmp_path, "aot", out, micro_batch_tokens=tokens, max_steps=2), ranks=ranks)
+    cfg = config.load(options(tmp_path, "aot"))
+    dataset = data.load(cfg.train_data, "preference", data.Tokenizer(ROOT / "tasks/arithmetic"), cfg, False)
+    assert [len(data.pack([dataset.examples[i].length for i in data.step_rows(dataset, step, 26, 0)], 512)) for step in range(2)] == [2, 2]
+    assert_close(weights(tmp_path / "ranks" / "model"), weights(tmp_path / "large" / "model"), 1e-9)
+
+
 def test_first_gradient_in_fp32(tmp_path, monkeypatch):
     """Adam's first moment after one step is a tenth of the gradient."""
     monkeypatch.chdir(ROOT)
