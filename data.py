@@ -245,15 +245,19 @@ def tagged_steps(text: str, marked) -> tuple[str, list[Step]]:
     tag = next((tag for tag in STEP_TAGS if tag in text), None)
     if tag is None:
         raise ValueError(f"'input' has none of the step tags {', '.join(STEP_TAGS)}")
-    pieces, labels, at = text.split(tag)[:-1], [], 0
+    *pieces, tail = text.split(tag)
+    labels, at = [], 0
     for piece in pieces if isinstance(marked, str) else []:
         if not marked.startswith(piece, at):
             raise ValueError(f"'label' should be 'input' with + or - in the place of each {tag!r}; they part at {piece[:40]!r}")
         at += len(piece)
         labels.append(marked[at:at + 1])
         at += 1
+    if tail.strip() or isinstance(marked, str) and marked[at:].strip():
+        more = (tail.strip() or marked[at:].strip())[:40]
+        raise ValueError(f"behind the last {tag!r} there is more: {more!r}; each step ends in a tag")
     begin = max(pieces[0].find("Step 1"), 0)  # the problem stands before it
-    prompt, pieces[0] = pieces[0][:begin].rstrip(" "), pieces[0][begin:]
+    prompt, pieces[0] = pieces[0][:begin].rstrip(" ") + "\n" * bool(begin), pieces[0][begin:]
     return prompt, as_steps([piece.strip() for piece in pieces], labels if isinstance(marked, str) else marked)
 
 
@@ -293,10 +297,12 @@ def prm_row(row: dict, train_on: str, chat: bool) -> Draft:
 
 
 def steps_row(row: dict, train_on: str, chat: bool) -> Draft:
-    """Steps that are scored and not trained: what prm takes, and without labels."""
+    """Steps that are scored and not trained: what prm takes, and without labels (1/2 stands for one)."""
     if "completions" in row and "labels" not in row:
-        row = {**row, "labels": [0.0] * len(row["completions"])}
-    return prm_row(row, train_on, chat)
+        row = {**row, "labels": [None] * len(row["completions"])}
+    draft = prm_row(row, train_on, chat)
+    known = lambda step: step if step.label == step.label else step._replace(label=0.5)
+    return draft._replace(responses=[[known(step) for step in steps] for steps in draft.responses])
 
 
 def prompt_row(row: dict, train_on: str, chat: bool) -> Draft:
@@ -377,6 +383,13 @@ class Tokenizer:
             if kept and joined.offsets[kept[0]][0] >= 1:
                 return [joined.ids[i] for i in kept], [(b - 1, e - 1) for b, e in (joined.offsets[i] for i in kept)]
         return encoded.ids, encoded.offsets
+
+    def same_ids(self, other: "Tokenizer"):
+        """An error unless every token of this one has the same id in the other (which may have more)."""
+        ours, theirs = self.fast.get_vocab(), other.fast.get_vocab()
+        for token in [token for token in ours if theirs.get(token) != ours[token]][:1]:
+            raise ValueError(f"{other.folder}: token {token!r} is {theirs.get(token)} there and {ours[token]} in {self.folder}; "
+                             f"one model's ids are read by the other")
 
     def one(self, text: str) -> int:
         """The id of a text that is one token."""
@@ -531,6 +544,7 @@ class Dataset(NamedTuple):
     examples: list
     offsets: np.ndarray  # (len + 1,) scored tokens before each example: where its columns lie in a flat table
     pair_offsets: np.ndarray  # (len + 1,) pairs before each example
+    kinds: np.ndarray  # (len,) which classes an example has: 1 undesirable (or rejected) responses, 2 desirable ones, 3 both
     counts: Counter  # of rows: COUNTS
 
     def __len__(self):
@@ -540,7 +554,8 @@ class Dataset(NamedTuple):
 def as_dataset(examples: list[Example], counts: Counter) -> Dataset:
     before = lambda sizes: np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     return Dataset(examples, before([sum(int(mask.sum()) for mask in e.scored) for e in examples]),
-                   before([len(e.chosen) for e in examples]), counts)
+                   before([len(e.chosen) for e in examples]),
+                   np.array([2 * bool(e.chosen) + bool(e.rejected) for e in examples]), counts)
 
 
 def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: bool = True) -> Dataset:
@@ -564,11 +579,13 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
                 raise ValueError(f"expected an object, found {type(row).__name__}")
             draft = FORMATS[kind](row, train_on, chat)
             drafts.append((where, draft, *render(draft, tokenizer, train_on)))
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
             if cfg.bad_rows == "skip":
                 counts["bad"] += 1
                 continue
-            raise ValueError(f"{where}: {error}") from None
+            wrong_type = not isinstance(error, (ValueError, RecursionError))
+            said = f"{type(error).__name__}: {error}; is a field missing?" if wrong_type else error
+            raise ValueError(f"{where}: {said}") from None
         if not draft.responses:
             rows[where] = row
         if len(drafts) == 1024:
@@ -593,16 +610,18 @@ def step_rows(dataset: Dataset, step: int, batch_size: int, seed: int) -> np.nda
     desirable and undesirable rows take turns by their shares; the last step of an epoch is what is left."""
     epoch, at = divmod(step, steps_per_epoch(dataset, batch_size))
     order = np.random.default_rng((seed, epoch)).permutation(len(dataset))
-    kind = np.array([2 * bool(dataset.examples[i].chosen) + bool(dataset.examples[i].rejected) for i in order])
-    turn = np.empty(len(order))
-    for members in (np.flatnonzero(kind == k) for k in np.unique(kind)):
+    kinds, turn = dataset.kinds[order], np.empty(len(order))
+    for members in (np.flatnonzero(kinds == kind) for kind in np.unique(kinds)):
         turn[members] = (np.arange(len(members)) + 0.5) / len(members)
     return order[np.argsort(turn, kind="stable")][at * batch_size:(at + 1) * batch_size]
 
 
-def mismatched(dataset: Dataset, seed: int, epoch: int, max_length: int) -> Dataset:
+def mismatched(dataset: Dataset, seed: int, epoch: int) -> Dataset:
     """Each prompt with responses of other prompts in the place of its own: what KTO measures its KL on. Whose they are is a
-    function of (seed, epoch, row). Responses are cut to what max_length leaves."""
+    function of (seed, epoch, row). Responses are cut so that no prompt with a response, and no tree, is longer than the
+    longest of the dataset."""
+    longest = max(len(e.prompt) + max(map(len, e.responses)) for e in dataset.examples)
+    largest = max(e.length for e in dataset.examples)
     prompts = [e.prompt.tobytes() for e in dataset.examples]
     if len(set(prompts)) < 2:
         raise ValueError(f"{dataset.examples[0].where}: every row has this row's prompt, and KTO needs responses of other prompts")
@@ -614,7 +633,7 @@ def mismatched(dataset: Dataset, seed: int, epoch: int, max_length: int) -> Data
             while prompts[j] == prompts[i]:
                 j = int(rng.integers(len(prompts)))
             k = int(rng.integers(len(dataset.examples[j].responses)))
-            room = max(1, max_length - len(e.prompt))
+            room = max(1, min(longest - len(e.prompt), (largest - len(e.prompt)) // len(e.responses)))
             responses.append((dataset.examples[j].responses[k][:room], dataset.examples[j].scored[k][:room]))
         ids, scored = map(list, zip(*responses))
         made.append(e._replace(responses=ids, scored=scored))

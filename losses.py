@@ -658,7 +658,7 @@ def kto(policy_chosen_logps, policy_rejected_logps, policy_KL_logps,
     c, r = class_log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     z0 = average(difference(policy_KL_logps, reference_KL_logps).detach()).clamp(min=0)
     values = torch.cat([desirable_weight * (beta * (z0 - c)).sigmoid(), undesirable_weight * (beta * (r - z0)).sigmoid()])
-    return values, None, {**label_metrics(beta * c, beta * r), "kl": (z0[None], None)}
+    return values, None, {**label_metrics(beta * c, beta * r), "kl": (z0.expand(len(values)), None)}
 
 
 @objective(data="kto", per="responses", show="rewards/desirable", coupled=True)
@@ -1130,10 +1130,11 @@ def by_chunk(loss: Callable, *inputs, **hyperparameters) -> tuple[Tensor, Tensor
         with torch.autocast(device.type, enabled=False):
             cut = lambda x: x[start:start + chunk] if isinstance(x, Tensor) else x.rows(start, start + chunk)
             return loss(*map(cut, inputs), **hyperparameters)
-    parts = [checkpoint(part, start, use_reentrant=False) for start in range(0, max(len(unmade[0][0]), 1), chunk)]
+    starts = range(0, max(len(unmade[0][0]), 1), chunk)
+    parts = [checkpoint(part, start, use_reentrant=False, preserve_rng_state=False) for start in starts]
     values, masks, metrics = zip(*parts)
-    return (torch.cat(values), torch.cat(masks),
-            {name: tuple(map(torch.cat, zip(*(m[name] for m in metrics)))) for name in metrics[0]})
+    cat = lambda pieces: None if pieces[0] is None else torch.cat(pieces)
+    return cat(values), cat(masks), {name: tuple(map(cat, zip(*(m[name] for m in metrics)))) for name in metrics[0]}
 
 
 def linear_log_probs(hidden: Tensor, weight: Tensor, target: Tensor, *, temperature: float = 1.0, entropy: bool = False,

@@ -486,10 +486,17 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 SCORES = re.compile(r"^(v_head\.summary|value_head(\.summary)?|classifier)\.")  # other names of a score head
 
 
+def has_score(folder: Path) -> bool:
+    """Is there a score head among its tensors, under whichever name?"""
+    return any(SCORES.sub("score.", name).startswith("score.") for name in read_weights(folder))
+
+
 def load(folder: Path, heads: dict[str, int] = LANGUAGE, seed: int = 0) -> tuple[Decoder, torch.dtype]:
     """A model in fp32 (master weights; fp64 stays) with these heads, and the dtype its folder has. Every tensor is accounted
     for: heads that are not asked for are left out, and a score head that is not there is new (by seed)."""
     config = read_json(folder / "config.json")
+    for said in ("reward_mean", "reward_std", "step_token", "reward_tokens"):  # of the folder's own rows: not the next model's
+        config.pop(said, None)
     with torch.device("meta"):
         decoder = Decoder(config, str(folder / "config.json"), heads)
     state = {SCORES.sub("score.", name): tensor for name, tensor in read_weights(folder).items()}
@@ -546,6 +553,8 @@ def scratch(config: dict, seed: int, heads: dict[str, int] = LANGUAGE) -> Decode
 
 def architecture(decoder: Decoder) -> dict:
     """What config.json says of the heads, in transformers' words."""
+    for stale in ("id2label", "label2id", "num_labels"):
+        decoder.config.pop(stale, None)
     name, labels = NAMES[decoder.config["model_type"]], decoder.score.out_features if hasattr(decoder, "score") else 0
     if not labels:
         return {"architectures": [name + ("LMHeadModel" if decoder.shape.gpt2 else "ForCausalLM")]}
@@ -572,8 +581,8 @@ def save(decoder: Decoder, folder: Path, dtype: torch.dtype, tokenizer_from: Pat
                  "chat_template.jinja"):
         if (tokenizer_from / name).is_file():
             shutil.copyfile(tokenizer_from / name, folder / name)
-    if pad and (folder / "tokenizer_config.json").is_file():
-        tokenizer = {**read_json(folder / "tokenizer_config.json"), "pad_token": pad[1]}
-        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n", encoding="utf-8")
+    for path in [folder / "tokenizer_config.json", folder / "special_tokens_map.json"] if pad and pad[1] else []:
+        if path.is_file():
+            path.write_text(json.dumps({**read_json(path), "pad_token": pad[1]}, indent=2) + "\n", encoding="utf-8")
     if chat_template:  # the run's own, instead of the tokenizer's
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")

@@ -33,7 +33,10 @@ class Scorer:
         described = model.read_json(folder / "config.json")
         self.cfg = types.SimpleNamespace(**{**vars(cfg), "step_token": described.get("step_token", cfg.step_token),
                                             "reward_tokens": tuple(described.get("reward_tokens", ()))})
-        kind = next(kind for kind in SAY if described.get("architectures", [""])[0].endswith(kind))
+        self.described, named = described, (described.get("architectures") or [""])[0]
+        kind = next(kind for kind in SAY if named.endswith(kind))
+        if not kind and model.has_score(folder):  # a value head beside a language model
+            kind = "ForSequenceClassification"
         self.stream, self.say = SAY["ForTokenClassification" if self.cfg.reward_tokens else kind]
         self.tokenizer = data.Tokenizer(folder, cfg.chat_template)
         self.decoder = train.load_model(self.cfg, self.machine, name, self.tokenizer, [self.stream])[0].requires_grad_(False)
@@ -91,7 +94,7 @@ def lines(found: list[list], dataset: data.Dataset) -> list[dict]:
 
 def score(options, cfg):
     scorer = Scorer(options.model, cfg)
-    first = next(data.read_rows(options.data))[1]
+    first = next(data.read_rows(options.data), (None, {}))[1]
     first = json.loads(first) if isinstance(first, bytes) else first
     kind = "preference" if {"chosen", "responses"} & first.keys() else "sft"
     kind = options.kind or ("steps" if scorer.stream == "step_logits" else kind)
@@ -99,9 +102,15 @@ def score(options, cfg):
     if len(dataset) != dataset.counts["read"]:
         raise ValueError(f"{options.data}: {dataset.counts['read']} rows, of which {len(dataset)} have a response to score; "
                          f"scores would not be in the rows' order")
+    print(f"{options.data}: " + ", ".join(f"{dataset.counts[name]:,} {name}" for name in data.COUNTS), file=sys.stderr)
     found = scorer.scores(dataset)
-    if scorer.stream == "step_logits" and "labels" in first:
+    if scorer.stream == "step_logits" and {"labels", "label", "value", "mistake_index"} & first.keys():
         report_steps(found, dataset)
+    if options.normalize:
+        if "reward_mean" not in scorer.described:
+            raise ValueError(f"{options.model}: its config.json has no reward_mean; it was trained without eval_data")
+        mean, std = scorer.described["reward_mean"], scorer.described["reward_std"]
+        found = [[(value - mean) / (std or 1) for value in values] for values in found]
     return lines(found, dataset)
 
 
@@ -117,9 +126,9 @@ def report_steps(found: list[list], dataset: data.Dataset):
           f"without pass; F1 {2 * wrong * right / max(wrong + right, 1e-9):.4f}", file=sys.stderr)
 
 
-def answered(e: data.Example, answers: list[list[int]], eos: int) -> data.Example:
-    """A prompt with answers as its responses, each closed with EOS."""
-    ids = [np.array([*answer, eos], np.int32) for answer in answers]
+def answered(e: data.Example, answers: list[list[int]], eos: int, most: int) -> data.Example:
+    """A prompt with answers as its responses, each closed with EOS unless it was cut off."""
+    ids = [np.array([*answer, *([eos] if len(answer) < most or not answer else [])], np.int32) for answer in answers]
     return e._replace(responses=ids, scored=[np.ones(len(i), bool) for i in ids], demonstrated=[False] * len(ids))
 
 
@@ -141,13 +150,15 @@ def best(options, cfg):
     if scorer.stream == "log_probs" or policy.stream != "log_probs":
         raise ValueError(f"best wants a language model and a reward model; {options.model} gives {policy.stream} and "
                          f"{options.reward} gives {scorer.stream}")
+    if scorer.stream == "reward":  # it reads the policy's ids
+        policy.tokenizer.same_ids(scorer.tokenizer)
     ids = [e.prompt.tolist() for e in prompts.examples for _ in range(options.n)]
     answers = rollout.generate(policy.decoder, ids, max_new_tokens=cfg.max_new_tokens, stop={policy.tokenizer.eos},
                                temperature=options.temperature, seed=cfg.seed)
     answers = [answers[i * options.n:(i + 1) * options.n] for i in range(len(prompts))]
     written = [[policy.tokenizer.decode(a) for a in mine] for mine in answers]
     by_steps = scorer.stream == "step_logits"
-    trees = [in_steps(e, texts, scorer) if by_steps else answered(e, mine, policy.tokenizer.eos)
+    trees = [in_steps(e, texts, scorer) if by_steps else answered(e, mine, policy.tokenizer.eos, cfg.max_new_tokens)
              for e, mine, texts in zip(prompts.examples, answers, written)]
     for e, texts, scores in zip(prompts.examples, written, scorer.scores(data.as_dataset(trees, prompts.counts))):
         rewards = [score["min"] for score in scores] if by_steps else scores
@@ -170,7 +181,8 @@ def main(arguments: list[str]):
     parser.add_argument("--model", required=True, help="model folder, run or hub name")
     parser.add_argument("--data", required=True, help="file or glob of rows or prompts")
     parser.add_argument("--out", default="", help="file to write; default: standard output")
-    parser.add_argument("--kind", default="", help="kind of rows: sft, preference, kto; default: by their keys")
+    parser.add_argument("--kind", default="", choices=("", *data.FORMATS), help="kind of rows; default: by their keys")
+    parser.add_argument("--normalize", action="store_true", help="score: rewards by the eval rows' mean and deviation")
     parser.add_argument("--reward", default="", help="best: folder of the reward model")
     parser.add_argument("--n", type=int, default=8, help="best: answers to a prompt")
     parser.add_argument("--temperature", type=float, default=1.0, help="best: of sampling; 0: greedy")
@@ -179,7 +191,7 @@ def main(arguments: list[str]):
     try:
         if options.what == "best" and not options.reward:
             raise ValueError("best needs --reward, the folder of a reward model")
-        said = {"score": score, "best": best}[options.what](options, config.load([*rest]))
+        said = {"score": score, "best": best}[options.what](options, config.load(["--truncation=error", *rest]))
     except ValueError as error:
         sys.exit(f"error: {error}")
     text = "".join(json.dumps(line) + "\n" for line in said)

@@ -136,7 +136,7 @@ def train(cfg):
     wrapped = decoder if machine.world == 1 else DistributedDataParallel(
         decoder, device_ids=[torch.cuda.current_device()] if machine.device == "cuda" else None,
         gradient_as_bucket_view=True, broadcast_buffers=False)
-    parameters = list(decoder.parameters())
+    parameters = [p for p in decoder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": cfg.weight_decay},
          {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}], lr=cfg.lr, betas=cfg.betas, fused=True)
@@ -239,7 +239,7 @@ def train(cfg):
     if machine.rank == 0:
         dtype = getattr(torch, cfg.save_dtype) if cfg.save_dtype else saved_dtype
         template = tokenizer.chat_template if cfg.chat_template else ""
-        pad = padding(tokenizer, datasets["train"]) if predicted else ()
+        pad = padding(tokenizer, datasets.values()) if "reward" in outputs else ()
         publish(out / "model", lambda folder: model.save(decoder, folder, dtype, tokenizer_folder, template, pad))
         write_json(out / "run.json", {"digest": digest, "finished": True, "config": config.as_json(cfg)})
         changes = [f"{name} {first[name]:.4g} -> {last[name]:.4g}" for name in ("loss", show, "exact_match")
@@ -346,7 +346,7 @@ def mismatched_source(run: Run) -> dict[str, Callable]:
     def of(dataset):
         @functools.lru_cache(maxsize=1)
         def rows_of(epoch):
-            rows = data.mismatched(dataset, run.cfg.seed, epoch, max(e.length for e in dataset.examples))
+            rows = data.mismatched(dataset, run.cfg.seed, epoch)
             return rows, run.reference_table(rows) if "reference_KL_logps" in run.streams else None
 
         def add(batches, epoch):
@@ -418,10 +418,7 @@ def teacher_source(run: Run) -> dict[str, Callable]:
     cfg, machine = run.cfg, run.machine
     if not run.teacher:
         raise ValueError("distillation needs teacher, a model folder or a config file")
-    theirs, ours = (t.fast.get_vocab() for t in (data.Tokenizer(model.find_folder(run.teacher)), run.tokenizer))
-    for token in [token for token in ours if theirs.get(token) != ours[token]][:1]:
-        raise ValueError(f"teacher {run.teacher}: token {token!r} is {theirs.get(token)} there and {ours[token]} in "
-                         f"{run.tokenizer.folder}; distillation compares logits token by token")
+    run.tokenizer.same_ids(data.Tokenizer(model.find_folder(run.teacher)))
 
     def frozen():
         return load_model(cfg, machine, run.teacher, run.tokenizer, ["logits"])[0].requires_grad_(False)
@@ -432,6 +429,13 @@ def teacher_source(run: Run) -> dict[str, Callable]:
                 with torch.no_grad(), machine.autocast():
                     batch["teacher_logits"] = decoder(batch, ["logits"])["logits"]
         return add
+    for term in config.terms(cfg, False) if cfg.teacher_top_k else []:
+        if term.hyperparameters.get("jsd_beta") == 1:
+            raise ValueError("teacher_top_k with jsd_beta = 1: the reverse KL asks for the teacher's probability of every token "
+                             "that the student takes, and only its highest are kept; leave out one of the two")
+    vocab = run.tokenizer.fast.get_vocab_size()
+    if cfg.teacher_top_k > vocab:
+        raise ValueError(f"teacher_top_k = {cfg.teacher_top_k} and the vocabulary has {vocab} tokens")
     if not cfg.teacher_top_k:
         return dict.fromkeys(run.datasets, live(frozen()))
 
@@ -491,11 +495,14 @@ def exact_match(decoder, tokenizer, prompts, cfg, machine: Machine) -> float:
     return machine.sum(torch.tensor(float(right), device=machine.device)).item() / len(prompts)
 
 
+REWARD = ("reward_mean", "reward_std")  # of the eval rows, in the config.json of a reward model
+
+
 def write_predictions(out: Path, scores: torch.Tensor, predicted: list[str], decoder, machine: Machine):
     """(pairs, readings) of the eval rows, in their order, and their mean and deviation for the model's config.json."""
     if not predicted:
         return
-    decoder.config |= {"reward_mean": scores.mean().item(), "reward_std": scores.std(correction=0).item()}
+    decoder.config |= dict(zip(REWARD, (scores.mean().item(), scores.std(correction=0).item())))
     if machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         keys = [losses.PREDICTED[name] for name in predicted]
@@ -504,12 +511,13 @@ def write_predictions(out: Path, scores: torch.Tensor, predicted: list[str], dec
         os.replace(part, out / "predictions.jsonl")
 
 
-def padding(tokenizer: data.Tokenizer, dataset: data.Dataset) -> tuple[int, str]:
-    """(id, token) that a reward model may be padded with: one that no response ends in."""
-    ends = {int(ids[-1]) for e in dataset.examples for ids in e.responses}
-    for i in sorted(range(tokenizer.fast.get_vocab_size()), key=lambda i: (i not in tokenizer.special, i)):
-        if i not in ends and i != tokenizer.eos and tokenizer.fast.id_to_token(i) is not None:
-            return i, tokenizer.fast.id_to_token(i)
+def padding(tokenizer: data.Tokenizer, datasets) -> tuple[int, str]:
+    """(id, token) that a reward model may be padded with: one that no response ends in, a special one if there is any (else the
+    token is "": its id is for config.json alone)."""
+    ends = {int(ids[-1]) for dataset in datasets for e in dataset.examples for ids in e.responses} | {tokenizer.eos}
+    for i in sorted(range(tokenizer.fast.get_vocab_size()), key=lambda i: (i not in tokenizer.special, i == tokenizer.bos, i)):
+        if i not in ends and tokenizer.fast.id_to_token(i) is not None:
+            return i, tokenizer.fast.id_to_token(i) if i in tokenizer.special else ""
     raise ValueError(f"{tokenizer.folder}: every token of the vocabulary ends a response; none is left for padding")
 
 
@@ -567,6 +575,7 @@ def save_checkpoint(out: Path, step: int, decoder, optimizer, scaler, running: d
                       folder / "optimizer.safetensors")
             write_json(folder / "state.json", {"step": step, "world_size": machine.world, "scaler": scaler.state_dict(),
                                                "running": {name: pair.tolist() for name, pair in running.items()},
+                                               "reward": {k: v for k, v in decoder.config.items() if k in REWARD},
                                                "config": config.as_json(cfg)})
         publish(out / f"checkpoint-{step}", write)
         for old in checkpoints(out)[:-cfg.keep_checkpoints]:
@@ -590,9 +599,12 @@ def resume(out: Path, decoder, optimizer, scaler, running: dict, machine: Machin
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             parameter.copy_(weights[name])
+            if not parameter.requires_grad:
+                continue
             optimizer.state[parameter] = {key: moments[f"{name}.{key}"].to(machine.device)
                                           for key in ("step", "exp_avg", "exp_avg_sq")}
     state = model.read_json(folder / "state.json")
+    decoder.config |= state.get("reward", {})
     for name, pair in running.items():
         if name not in state.get("running", {}):
             raise ValueError(f"{folder / 'state.json'}: {name} is missing; another objective was trained there, name another "

@@ -743,14 +743,23 @@ def test_desirable_and_undesirable_rows_take_turns():
 
 def test_mismatched_responses_are_of_other_prompts():
     dataset = as_dataset([tree([i // 3], [[10 + i] * (1 + i % 4)], [[1] * (1 + i % 4)]) for i in range(12)])
-    first, again, other = (data.mismatched(dataset, 0, epoch, 3) for epoch in (0, 0, 1))
+    first, again, other = (data.mismatched(dataset, 0, epoch) for epoch in (0, 0, 1))
     ids = lambda d: [e.responses[0].tolist() for e in d.examples]
     assert ids(first) == ids(again) != ids(other)
     for i, (e, mine) in enumerate(zip(first.examples, dataset.examples)):
         j = e.responses[0][0] - 10
-        assert j // 3 != i // 3 and len(e.responses[0]) == min(1 + j % 4, 2) == len(e.scored[0]) and e.prompt is mine.prompt
+        assert j // 3 != i // 3 and len(e.responses[0]) == 1 + j % 4 == len(e.scored[0]) and e.prompt is mine.prompt
     with pytest.raises(ValueError, match="hand:1: every row has this row's prompt"):
-        data.mismatched(as_dataset([tree([1], [[2]], [[1]])] * 3), 0, 0, 9)
+        data.mismatched(as_dataset([tree([1], [[2]], [[1]])] * 3), 0, 0)
+
+
+def test_mismatched_trees_are_no_larger_than_the_rows():
+    """A long prompt with two long responses of other rows: neither the tree nor a prompt with a response outgrows the data."""
+    dataset = as_dataset([tree([1] * 90, [[2] * 8] * 2, [[1] * 8] * 2), *(tree([i], [[3] * 95] * 2, [[1] * 95] * 2) for i in (5, 6))])
+    largest, longest = max(e.length for e in dataset.examples), max(len(e.prompt) + len(e.responses[0]) for e in dataset.examples)
+    for epoch in range(5):
+        for e in data.mismatched(dataset, 0, epoch).examples:
+            assert e.length <= largest and all(1 <= len(e.prompt) + len(r) <= longest for r in e.responses)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -767,7 +776,7 @@ KI = data.STEP_TAGS[0]
 
 @pytest.mark.parametrize("row, prompt, steps", [
     ({"prompt": "p", "completions": ["a", "b", "c", "d", "e"], "labels": [True, "-", 0.3, None, 1]}, "p", [[("a", 1), ("b", 0), ("c", 0.3), ("d", None), ("e", 1)]]),
-    ({"input": f"How? Step 1: a {KI}\nStep 2: b {KI}", "label": "How? Step 1: a +\nStep 2: b -"}, "How?", [[("Step 1: a", 1), ("Step 2: b", 0)]]),
+    ({"input": f"How? Step 1: a {KI}\nStep 2: b {KI}", "label": "How? Step 1: a +\nStep 2: b -"}, "How?\n", [[("Step 1: a", 1), ("Step 2: b", 0)]]),
     ({"input": "a <extra_0>b <extra_0>", "value": [0.25, 0.5]}, "", [[("a", 0.25), ("b", 0.5)]]),
     ({"input": "q", "steps": ["a", "b", "c"], "mistake_index": 1}, "q\n", [[("a", 1), ("b", 0), ("c", None)]]),
     ({"input": "q", "steps": ["a", "b"], "mistake_index": None}, "q\n", [[("a", 1), ("b", 1)]]),
@@ -787,10 +796,10 @@ def test_step_formats(row, prompt, steps):
     ({"prompt": "p", "completions": ["a"], "labels": [1.5]}, "a step's label should be .* found 1.5"), ({"prompt": "p", "completions": ["a"], "labels": ["good"]}, "found 'good'"),
     ({"prompt": "p", "completions": ["a"], "labels": [-1]}, "found -1"), ({"prompt": "p", "completions": [], "labels": []}, "steps should be a list of texts"),
     ({"prompt": "p", "completions": ["a"]}, "1 steps and None labels"), ({"input": "no tag", "label": "no tag"}, "'input' has none of the step tags"),
+    ({"input": f"a {KI}", "label": "a + b -"}, "behind the last .* there is more: 'b -'"), ({"input": f"a {KI} tail", "label": "a + tail"}, "there is more: 'tail'"),
+    ({"question": {"problem": "q"}, "label": {"finish_reason": "x"}}, "KeyError: 'steps'; is a field missing"), ({"input": "q", "steps": None, "mistake_index": 1}, "TypeError"),
     ({"input": f"a {KI}", "label": "b +"}, "they part at 'a '"), ({"input": f"a {KI}", "label": "a ?"}, "found '\\?'"), ({"x": 1}, r"found keys \['x'\]")])
 def test_what_is_wrong_with_steps_is_said(row, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        data.prm_row(row, "all", False)
     with pytest.raises(ValueError, match=f"rows.jsonl:2: .*{message}"):
         data.load(write(tmp_path / "rows.jsonl", [{"prompt": "1", "completions": ["2"], "labels": [True]}, row]), "prm", arithmetic(), config.load([]), False)
 

@@ -120,8 +120,17 @@ def test_what_a_teacher_must_be(tmp_path, monkeypatch):
     changed = (ROOT / "tasks/arithmetic/tokenizer.json").read_text().replace('"7": 10', '"7": 11').replace('"8": 11', '"8": 10')
     options(tmp_path, "kd")
     (tmp_path / "teacher" / "tokenizer.json").write_text(changed)
-    with pytest.raises(ValueError, match="token '[78]' is 1[01] there and 1[01] in .*; distillation compares logits token by token"):
+    with pytest.raises(ValueError, match="teacher: token '[78]' is 1[01] there and 1[01] in .*; one model's ids are read by the other"):
         train.train(config.load(options(tmp_path, "kd")))
+
+
+def test_reverse_kl_wants_the_whole_teacher(tmp_path, monkeypatch):
+    """With the top logits alone it would reward what the teacher never says."""
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="teacher_top_k with jsd_beta = 1: the reverse KL asks"):
+        train.train(config.load(options(tmp_path, "kd", teacher_top_k=4, jsd_beta=1.0)))
+    with pytest.raises(ValueError, match="teacher_top_k = 99 and the vocabulary has 16 tokens"):
+        train.train(config.load(options(tmp_path, "kd", teacher_top_k=99)))
 
 
 def test_a_teacher_with_a_padded_vocabulary(tmp_path, monkeypatch):

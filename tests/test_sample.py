@@ -13,7 +13,7 @@ import model
 import sample
 import train
 from conftest import ROOT, TINY
-from test_train import ROWS, lines, options
+from test_train import ROWS, SMALL, lines, options, run
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,55 @@ def test_heads_of_other_names_are_read(family, name, bias, tmp_path):
     model.save(loaded, tmp_path / "again", torch.float32, tokenizer_from)
     again, _ = model.load(tmp_path / "again", {"score": 1})
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), again.state_dict().values()))
+
+
+def test_predictions_resume_and_stages(tmp_path, monkeypatch):
+    """Two ranks write the predictions of one; a run that is resumed after its last step keeps its mean, also with a head whose
+    bias is frozen; a model trained on from there has a mean of its own, or none."""
+    monkeypatch.chdir(ROOT)
+    options_ = dict(eval_data=ROWS["preference"], max_steps=2, save_every=1)
+    decoder, _ = scratch_folder(tmp_path / "start", {"score": 1}, bias=0.5)
+    for out, ranks in (("one", 1), ("two", 2)):
+        run(options(tmp_path, "rm", out, init_from=tmp_path / "start", micro_batch_tokens=128, **options_), ranks=ranks)
+    one, two = ([[*json.loads(line).values()] for line in open(tmp_path / out / "predictions.jsonl")] for out in ("one", "two"))
+    assert torch.tensor(one).sub(torch.tensor(two)).abs().max() < 1e-9 and len(one) == 500
+    said = json.loads((tmp_path / "one" / "model" / "config.json").read_text())
+    run([*options(tmp_path, "rm", "one", init_from=tmp_path / "start", micro_batch_tokens=128, **options_), "--resume"])
+    again = json.loads((tmp_path / "one" / "model" / "config.json").read_text())
+    assert again == said and said["reward_std"] > 0 and load_file(tmp_path / "one" / "model" / "model.safetensors")["score.bias"].item() == 0.5
+    run(options(tmp_path, "rm_plackett_luce", "ranked", init_from=tmp_path / "one", max_steps=1))
+    ranked = json.loads((tmp_path / "ranked" / "model" / "config.json").read_text())
+    assert "reward_mean" not in ranked and ranked["pad_token_id"] not in (None, 0)
+    sample.main(["score", f"--model={tmp_path / 'one'}", f"--data={ROWS['preference']}", f"--out={tmp_path / 'n.jsonl'}", "--normalize", "--device=cpu"])
+    values = [value for line in open(tmp_path / "n.jsonl") for value in json.loads(line).values()]
+    assert abs(np.mean(values)) < 1e-3 and np.std(values) == pytest.approx(1, rel=1e-2)
+
+
+def scratch_folder(folder, heads, bias=None):
+    decoder = model.scratch({**SMALL, "vocab_size": 16, "eos_token_id": 0, "bos_token_id": 1}, 0, heads)
+    if bias is not None:
+        decoder.score.bias = torch.nn.Parameter(torch.tensor([bias]))
+    model.save(decoder, folder, torch.float32, ROOT / "tasks/arithmetic")
+    return decoder, folder
+
+
+def test_a_language_model_with_a_value_head_is_a_reward_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    decoder, folder = scratch_folder(tmp_path / "m", {"lm_head": 0})
+    state = load_file(folder / "model.safetensors")
+    save_file({**state, "v_head.summary.weight": torch.ones(1, 32)}, folder / "model.safetensors")
+    sample.main(["score", f"--model={folder}", f"--data={ROWS['preference']}", f"--out={tmp_path / 's.jsonl'}", "--device=cpu"])
+    assert isinstance(json.loads(open(tmp_path / "s.jsonl").readline())["chosen"], float)
+
+
+def test_padding_is_a_special_token_or_for_the_config_alone(tmp_path):
+    tokenizer = data.Tokenizer(ROOT / "tasks/arithmetic")
+    cfg = config.load(options(tmp_path, "rm"))
+    dataset = data.load(str(ROOT / ROWS["preference"]), "preference", tokenizer, cfg, False)
+    assert train.padding(tokenizer, [dataset]) == (2, "<unk>")
+    tokenizer.special = {tokenizer.eos}
+    i, token = train.padding(tokenizer, [dataset])
+    assert token == "" and i != tokenizer.eos and i not in {int(ids[-1]) for e in dataset.examples for ids in e.responses}
 
 
 def test_a_new_score_head_is_small_and_seeded(tmp_path):

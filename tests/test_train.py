@@ -129,7 +129,7 @@ def test_first_gradient_in_fp32(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, compiled, ranks, dtype", [
     ("sft", False, 1, "float32"), ("dpo", False, 1, "float32"), ("dpo", False, 2, "float32"), ("bco_pair", False, 2, "float64"),
     ("aot", False, 2, "float32"), ("dpo", True, 1, "float32"), ("rm", False, 1, "float32"), ("kto", False, 2, "float32"),
-    ("prm", False, 1, "float32"), ("kd", False, 1, "float32")])
+    ("prm", False, 1, "float32"), ("kd", False, 1, "float32")])  # of kd with top logits: test_distillation
 def test_resume_is_bitwise(name, compiled, ranks, dtype, tmp_path):
     more = dict(dtype=dtype, save_dtype=dtype, compile=compiled, save_every=2, micro_batch_tokens=128)
     run(options(tmp_path, name, "whole", **more), ranks)
@@ -153,6 +153,17 @@ def test_a_run_with_one_class(label, tmp_path, monkeypatch):
         first, *_, last = lines(tmp_path / name)
         assert first["loss"] == pytest.approx(math.log(2) if name == "bco" else 0.5, abs=1e-12) and last["loss"] != first["loss"]
         assert ("rewards/desirable" in last, "rewards/undesirable" in last, "rewards/margins" in last) == (label, not label, False)
+
+
+def test_the_kl_of_an_eval_does_not_depend_on_micro_batches(tmp_path, monkeypatch):
+    """Pieces of the eval rows have their own z0: its mean is over responses."""
+    monkeypatch.chdir(ROOT)
+    rows = [{"prompt": r["prompt"], "completion": r["chosen"], "label": True} for r in map(json.loads, open(ROWS["preference"]))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:400]))
+    for out, tokens in (("large", 4096), ("small", 128)):
+        train.train(config.load(options(tmp_path, "kto", out, train_data=tmp_path / "rows.jsonl", eval_data=tmp_path / "rows.jsonl", micro_batch_tokens=tokens)))
+    large, small = (lines(tmp_path / out, "eval")[-1] for out in ("large", "small"))
+    assert large["kl"] > 0.01 and large["kl"] == pytest.approx(small["kl"], rel=1e-9)
 
 
 def test_mixed_rows_report_their_margin(tmp_path, monkeypatch):
