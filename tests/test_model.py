@@ -137,6 +137,44 @@ def test_packed_equals_one_response_at_a_time(family, static):
     assert relative([p.grad for p in decoder.parameters()], grads) < 1e-5
 
 
+@pytest.mark.parametrize("stream, labels", [("reward", 1), ("step_logits", 2)])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_of_a_packed_stream_are_those_of_plain_sequences(family, static, stream, labels):
+    """A reward at each response's last token, step logits at each scored token's own place: value and gradient."""
+    trunk, rng = tiny(family, torch.float64), np.random.default_rng(3)
+    decoder = model.Decoder(trunk.config, heads={"score": labels}).double()
+    decoder.model.load_state_dict(trunk.model.state_dict())
+    examples = random_trees(rng, 12, 97)
+    expected = []
+    for e in examples:
+        for ids, scored in zip(e.responses, e.scored):
+            tokens = torch.from_numpy(np.concatenate([e.prompt, ids])).long()
+            hidden = plain_hidden(decoder, tokens)[len(e.prompt):]
+            expected.append(decoder.score(hidden[-1:] if stream == "reward" else hidden[torch.from_numpy(scored)]))
+    weights = [torch.from_numpy(rng.normal(size=tuple(x.shape))) for x in expected]
+    wanted = list(decoder.parameters())
+    grads = torch.autograd.grad(sum((x * w).sum() for x, w in zip(expected, weights)), wanted)
+    begins, loss, seen = np.cumsum([0, *(len(e.responses) for e in examples)]), 0, 0
+    for batch in data.micro_batches(as_dataset(examples), np.arange(12), layout(256, static))[0]:
+        made = decoder(batch, [stream])[stream]
+        response = [begins[row] + rank for row, rank in zip(batch["rows"].tolist(), batch["rank"].tolist())]
+        for at, part in zip(response, made[:, None] if stream == "reward" else made[:batch["scored"]].split(batch["lengths"].tolist())):
+            assert (part.view_as(expected[at]) - expected[at]).abs().max() < 1e-10
+            loss, seen = loss + (part.view_as(weights[at]) * weights[at]).sum(), seen + 1
+    assert seen == len(expected) and relative(torch.autograd.grad(loss, wanted), grads) < 1e-10
+
+
+def plain_hidden(decoder, tokens):
+    """(L,) -> (L, D) by a dense causal mask."""
+    head, decoder.lm_head = getattr(decoder, "lm_head", None), torch.nn.Identity()
+    hidden = decoder.logits(tokens)
+    del decoder.lm_head
+    if head is not None:
+        decoder.lm_head = head
+    return hidden
+
+
 def test_responses_never_see_their_siblings():
     decoder, rng = tiny("llama"), np.random.default_rng(0)
     example = random_trees(rng, 1, 97, responses=(2, 2), holes=False)[0]
