@@ -48,6 +48,7 @@ class Scorer:
 
     def scores(self, dataset: data.Dataset) -> list[dict]:
         """Of each example, in order."""
+        train.check_lengths(self.decoder, dataset)
         layout, found = self.layout(dataset), [None] * len(dataset)
         for rows in tqdm(data.in_order(dataset, 64), desc="scoring", leave=False):
             for batch in data.micro_batches(dataset, rows, layout)[0]:

@@ -421,7 +421,10 @@ def teacher_source(run: Run) -> dict[str, Callable]:
     run.tokenizer.same_ids(data.Tokenizer(model.find_folder(run.teacher)))
 
     def frozen():
-        return load_model(cfg, machine, run.teacher, run.tokenizer, ["logits"])[0].requires_grad_(False)
+        decoder = load_model(cfg, machine, run.teacher, run.tokenizer, ["logits"])[0].requires_grad_(False)
+        for dataset in run.datasets.values():
+            check_lengths(decoder, dataset)
+        return decoder
 
     def live(decoder):
         def add(batches, epoch):

@@ -95,6 +95,23 @@ def test_best_of_n_takes_the_highest_reward(reward_run, tmp_path, monkeypatch, c
         sample.main([*given[:1], f"--model={reward_run}", *given[2:]])
 
 
+def test_best_of_n_by_steps(tmp_path, monkeypatch):
+    """A process reward model ranks by its lowest step: what scoring the same answers as steps says."""
+    monkeypatch.chdir(ROOT)
+    for name in ("sft", "prm"):
+        train.train(config.load(options(tmp_path, name, name, max_steps=1, dtype="float32")))
+    (tmp_path / "prompts.jsonl").write_text("".join(open("tasks/arithmetic/problems_eval.jsonl").readlines()[:4]))
+    sample.main(["best", f"--model={tmp_path / 'sft'}", f"--reward={tmp_path / 'prm'}", f"--data={tmp_path / 'prompts.jsonl'}", "--n=3",
+                 "--max_new_tokens=6", f"--out={tmp_path / 'b.jsonl'}", "--device=cpu"])
+    found = [json.loads(line) for line in open(tmp_path / "b.jsonl")]
+    rows = [{"prompt": row["prompt"], "completions": [line for line in text.split("\n") if line] or [" "]} for row in found for text in row["answers"]]
+    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sample.main(["score", f"--model={tmp_path / 'prm'}", f"--data={tmp_path / 'steps.jsonl'}", f"--out={tmp_path / 's.jsonl'}", "--device=cpu"])
+    expected = [json.loads(line)["score"]["min"] for line in open(tmp_path / "s.jsonl")]
+    assert [reward for row in found for reward in row["rewards"]] == pytest.approx(expected, abs=1e-6)
+    assert all(row["best"] == row["answers"][row["rewards"].index(max(row["rewards"]))] for row in found)
+
+
 @pytest.mark.parametrize("name, bias", [("v_head.summary", True), ("value_head", False), ("score", False), ("score", True)])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_heads_of_other_names_are_read(family, name, bias, tmp_path):
