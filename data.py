@@ -459,13 +459,13 @@ def render(draft: Draft, tokenizer: Tokenizer, train_on: str) -> tuple[str, list
 
 def with_step_tokens(steps: list[Step], tokenizer: Tokenizer, step_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Each step's ids with the step token behind them: ids, where step tokens are, their labels (nan elsewhere)."""
-    ids, labels = [], []
+    ids, ends, labels = [], [], []
     for step in steps:
-        ids += [*tokenizer.continuation(step.text)[0], step_id]
-        labels += [math.nan] * (len(ids) - len(labels) - 1) + [step.label]
-    ends = np.zeros(len(ids), bool)
-    ends[np.cumsum([len(tokenizer.continuation(step.text)[0]) + 1 for step in steps]) - 1] = True
-    return np.array(ids, np.int32), ends, np.array(labels, np.float32)
+        own = tokenizer.continuation(step.text)[0]
+        ids += [*own, step_id]
+        ends += [False] * len(own) + [True]
+        labels += [math.nan] * len(own) + [step.label]
+    return np.array(ids, np.int32), np.array(ends, bool), np.array(labels, np.float32)
 
 
 def tokenize(drafts: list[tuple], tokenizer: Tokenizer, mode: str, counts: Counter, step_token: str = "\n") -> list[Example]:

@@ -12,6 +12,7 @@ keyword-only parameters are hyperparameters, and become keys of the config.
 import functools
 import inspect
 import math
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -234,9 +235,7 @@ READINGS = {
     "reject_reward": score("reward", "rejected"),
     "ranked_rewards": Reading(("reward",), by_rank),
     "rank_mask": Reading((), lambda batch: by_rank(batch, torch.ones_like(batch["rank"], dtype=torch.bool))),
-    "margin": Reading((), lambda batch: batch["margin"]),
-    "step_labels": Reading((), lambda batch: batch["step_labels"]),
-    "step_mask": Reading((), lambda batch: batch["step_mask"]),
+    **{name: Reading((), operator.itemgetter(name)) for name in ("margin", "step_labels", "step_mask")},
     "label": Reading((), label_of),
     **{name: column(name) for name in ("step_logits", "logits", "teacher_logits")},
 }

@@ -467,8 +467,8 @@ def find_folder(name: str) -> Path:
         raise ValueError(f"{name}: not a local folder, and not to be had from the hub: {error}") from error
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json names."""
+def read_weights(folder: Path, names_only: bool = False) -> dict[str, Tensor | None]:
+    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json names; or None for each."""
     index = folder / "model.safetensors.index.json"
     files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     state = {}
@@ -477,7 +477,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{folder}: {file} is missing (weights are read from safetensors only, never from pickles)")
         try:
             with safe_open(folder / file, framework="pt") as tensors:
-                state.update({name: tensors.get_tensor(name) for name in tensors.keys()})
+                state.update({name: None if names_only else tensors.get_tensor(name) for name in tensors.keys()})
         except Exception as error:
             raise ValueError(f"{folder / file}: {error}") from None
     return state
@@ -488,7 +488,7 @@ SCORES = re.compile(r"^(v_head\.summary|value_head(\.summary)?|classifier)\.")  
 
 def has_score(folder: Path) -> bool:
     """Is there a score head among its tensors, under whichever name?"""
-    return any(SCORES.sub("score.", name).startswith("score.") for name in read_weights(folder))
+    return any(SCORES.sub("score.", name).startswith("score.") for name in read_weights(folder, names_only=True))
 
 
 def load(folder: Path, heads: dict[str, int] = LANGUAGE, seed: int = 0) -> tuple[Decoder, torch.dtype]:

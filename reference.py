@@ -73,14 +73,13 @@ def log_probs(load: Callable, weights: str, dataset: Dataset, layout: Layout, pr
 
 
 def top_logits(load: Callable, weights: str, dataset: Dataset, layout: Layout, k: int, precision: str, machine, cache_dir: str):
-    """The k highest logits of every scored token and where they are, (dataset.offsets[-1], k) each, and the vocabulary."""
+    """The k highest logits of every scored token and where they are, (dataset.offsets[-1], k) each."""
     def of(decoder, batch):
         logits, chunk = decoder(batch, ["logits"])["logits"], head_chunk(len(decoder.lm_head.weight), machine.device)
         parts = [logits.rows(start, start + chunk).topk(k) for start in range(0, len(logits.hidden), chunk)]
-        return {"top": torch.cat([p.values for p in parts]), "index": torch.cat([p.indices for p in parts]).int(),
-                "vocab": torch.full((len(logits.hidden),), len(decoder.lm_head.weight), dtype=torch.int32, device=machine.device)}
+        return {"top": torch.cat([p.values for p in parts]), "index": torch.cat([p.indices for p in parts]).int()}
     made = precompute(load, of, f"teacher's top {k} logits", weights, dataset, layout, precision, machine, cache_dir)
-    return made["top"], made["index"], int(made["vocab"][0])
+    return made["top"], made["index"]
 
 
 def precompute(load: Callable, of: Callable, what: str, weights: str, dataset: Dataset, layout: Layout, precision: str, machine,

@@ -41,15 +41,10 @@ class Scorer:
         self.tokenizer = data.Tokenizer(folder, cfg.chat_template)
         self.decoder = train.load_model(self.cfg, self.machine, name, self.tokenizer, [self.stream])[0].requires_grad_(False)
 
-    def layout(self, dataset: data.Dataset) -> data.Layout:
-        machine = self.machine
-        return data.Layout(data.stream_length([dataset], 64, 0), machine.device == "cuda" and machine.dtype == torch.bfloat16,
-                           machine.compiled, losses.head_chunk(self.decoder.shape.vocab_size, machine.device), machine.device)
-
     def scores(self, dataset: data.Dataset) -> list[dict]:
         """Of each example, in order."""
         train.check_lengths(self.decoder, dataset)
-        layout, found = self.layout(dataset), [None] * len(dataset)
+        layout, found = self.machine.layout(data.stream_length([dataset], 64, 0), self.decoder), [None] * len(dataset)
         for rows in tqdm(data.in_order(dataset, 64), desc="scoring", leave=False):
             for batch in data.micro_batches(dataset, rows, layout)[0]:
                 with torch.no_grad(), self.machine.autocast():

@@ -44,6 +44,11 @@ class Machine(NamedTuple):
         low = self.dtype in (torch.bfloat16, torch.float16)
         return torch.autocast(self.device, self.dtype) if low else contextlib.nullcontext()
 
+    def layout(self, tokens: int, decoder) -> data.Layout:
+        """How streams of that many tokens are laid out here for this model."""
+        varlen = self.device == "cuda" and self.dtype in (torch.bfloat16, torch.float16)
+        return data.Layout(tokens, varlen, self.compiled, losses.head_chunk(decoder.shape.vocab_size, self.device), self.device)
+
     def sum(self, tensor):
         if self.world > 1:
             dist.all_reduce(tensor)
@@ -117,10 +122,7 @@ def train(cfg):
     if cfg.eval_prompts and "lm_head" not in model.modules(outputs):
         raise ValueError(f"eval_prompts are answered by a language model, and {'+'.join(cfg.weights)} trains one without its head")
     prompts = data.load(cfg.eval_prompts, "prompts", tokenizer, cfg, False) if cfg.eval_prompts else None
-    layout = data.Layout(
-        data.stream_length(list(datasets.values()), cfg.batch_size, cfg.micro_batch_tokens),
-        machine.device == "cuda" and machine.dtype in (torch.bfloat16, torch.float16), machine.compiled,
-        losses.head_chunk(decoder.shape.vocab_size, machine.device), machine.device)
+    layout = machine.layout(data.stream_length(list(datasets.values()), cfg.batch_size, cfg.micro_batch_tokens), decoder)
 
     # The columns that sources add to each step: split -> (batches, epoch) -> None
     run = Run(cfg, machine, decoder, tokenizer, start_from, teacher, datasets, layout, losses.streams(terms))
@@ -432,18 +434,19 @@ def teacher_source(run: Run) -> dict[str, Callable]:
                 with torch.no_grad(), machine.autocast():
                     batch["teacher_logits"] = decoder(batch, ["logits"])["logits"]
         return add
-    for term in config.terms(cfg, False) if cfg.teacher_top_k else []:
-        if term.hyperparameters.get("jsd_beta") == 1:
-            raise ValueError("teacher_top_k with jsd_beta = 1: the reverse KL asks for the teacher's probability of every token "
-                             "that the student takes, and only its highest are kept; leave out one of the two")
-    vocab = run.tokenizer.fast.get_vocab_size()
-    if cfg.teacher_top_k > vocab:
-        raise ValueError(f"teacher_top_k = {cfg.teacher_top_k} and the vocabulary has {vocab} tokens")
     if not cfg.teacher_top_k:
         return dict.fromkeys(run.datasets, live(frozen()))
+    if any(given.get("jsd_beta") == 1 for given in cfg.bound.values()):
+        raise ValueError("teacher_top_k with jsd_beta = 1: the reverse KL asks for the teacher's probability of every token "
+                         "that the student takes, and only its highest are kept; leave out one of the two")
+    known = run.tokenizer.fast.get_vocab_size()
+    if cfg.teacher_top_k > known:
+        raise ValueError(f"teacher_top_k = {cfg.teacher_top_k} and the vocabulary has {known} tokens")
+    described = model.find_folder(run.teacher) / "config.json"
+    vocab = model.read_shape(model.read_json(described), str(described)).vocab_size
 
     def of(dataset):
-        top, index, vocab = reference.top_logits(frozen, reference.fingerprint(run.teacher, {}), dataset, run.layout,
+        top, index = reference.top_logits(frozen, reference.fingerprint(run.teacher, {}), dataset, run.layout,
                                                  cfg.teacher_top_k, run.precision(), machine, cfg.cache_dir)
 
         def add(batches, epoch):
@@ -507,11 +510,8 @@ def write_predictions(out: Path, scores: torch.Tensor, predicted: list[str], dec
         return
     decoder.config |= dict(zip(REWARD, (scores.mean().item(), scores.std(correction=0).item())))
     if machine.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         keys = [losses.PREDICTED[name] for name in predicted]
-        part = out / "predictions.jsonl.part"
-        part.write_text("".join(json.dumps(dict(zip(keys, row))) + "\n" for row in scores.tolist()))
-        os.replace(part, out / "predictions.jsonl")
+        write_text(out / "predictions.jsonl", "".join(json.dumps(dict(zip(keys, row))) + "\n" for row in scores.tolist()))
 
 
 def padding(tokenizer: data.Tokenizer, datasets) -> tuple[int, str]:
@@ -534,10 +534,14 @@ def peak_memory_gb(machine: Machine) -> float:
 # Files: written under a temporary name, fsynced, renamed
 
 
-def write_json(path: Path, value: dict):
+def write_text(path: Path, text: str):
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.write_text(text)
     os.replace(part, path)
+
+
+def write_json(path: Path, value: dict):
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def publish(folder: Path, write: Callable):
