@@ -39,9 +39,9 @@ class Config:
     # Data
     train_data: str | list = ""  # files or globs: .jsonl, .json, .gz of either
     eval_data: str | list = ""  # rows of the same kind; empty: no eval lines
-    eval_prompts: str | list = ""  # {prompt, ...} rows that eval answers greedily, for check
+    eval_prompts: str | list = ""  # {prompt, ...} rows that eval answers greedily, for check and reward
     check: Callable = None  # (prompt, completion, row) -> is it right; eval reports the mean as exact_match
-    max_new_tokens: int = 256  # longest answer that eval generates
+    max_new_tokens: int = 256  # longest answer that eval and rollouts generate
     max_length: int = 1024  # tokens of a prompt with its longest response
     max_prompt_length: int = 0  # tokens of a prompt; 0: what its longest response leaves, at least half of max_length
     truncation: str = "cut"  # of rows that do not fit: cut (prompt's left, response's right), drop, error
@@ -71,6 +71,36 @@ class Config:
     reference_live: bool = False  # run the reference in every step instead of once per row, cached on disk
     cache_dir: str = "~/.cache/nanoalign"  # reference log-probs, under a key of weights, data and precision
 
+    # Rollouts, for losses on prompts
+    reward: Callable | str | dict = None  # (prompt, completion, row) -> number, or (prompts, completions, rows) -> numbers; folder or config of a reward model; {either: weight}
+    reward_workers: int = 0  # processes that call the function; 0: it is called in the run's own
+    reward_timeout: float = 0.0  # seconds that a worker may take for an answer; 0: any
+    bad_rewards: str = "error"  # a reward that raises, hangs or is no number: error (save and stop), skip (the prompt, and count)
+    rollout_prompts: int = 0  # prompts that are answered at a time, over all ranks; 0: batch_size
+    rollout_epochs: int = 1  # passes over these answers, before the next ones are made
+    rollout_batch: int = 256  # answers that are generated side by side: memory only
+    samples_per_prompt: int = 1  # answers to each prompt
+    temperature: float = 1.0  # of the softmax that answers are drawn from, and losses are of; in distillation: of both models
+    top_k: int = 0  # draw from the k most likely tokens; 0: from all
+    top_p: float = 1.0  # draw from the most likely tokens that have this probability together
+    min_p: float = 0.0  # draw from tokens with at least this share of the most likely one's probability
+    stop: tuple = ()  # strings that end an answer, besides the model's own end tokens
+    advantages: str = "group_norm"  # gae, reinforce, reinforce_baseline (all whitened), rloo, group_norm (GRPO), group_center (Dr. GRPO)
+    gamma: float = 1.0  # discount of a reward a token later
+    lam: float = 0.95  # gae: 1 trusts rewards alone, 0 the critic
+    reward_clip: float = 10.0  # rewards stay within plus and minus this; 0: any
+    missing_eos_penalty: float = 0.0  # taken from the reward of an answer that ran out of room
+    overlong_buffer: int = 0  # the last so many of max_new_tokens cost up to overlong_penalty, in proportion
+    overlong_penalty: float = 1.0  # what an answer of max_new_tokens loses
+    filter_groups: bool = False  # leave out prompts whose answers all have the same reward
+    filter_rounds: int = 0  # draw up to so many times more prompts, to fill up what was left out
+    kl_coef: float = 0.0  # reward lost per nat of a token's log-ratio to the reference
+    kl_target: float = 0.0  # adapt kl_coef towards a KL of so many nats a token; 0: keep it
+    kl_horizon: float = 10000.0  # answers over which kl_coef adapts
+    critic: str = ""  # folder or config of a reward model that a separate critic starts from; default: a head on the policy
+    critic_lr: float = 0.0  # peak learning rate of the critic's own weights; 0: lr
+    critic_warmup: int = 0  # steps in which the critic alone learns
+
     # Machine
     device: str = "auto"  # cpu, cuda; auto: cuda if there is one
     dtype: str = "auto"  # float32, bfloat16, float16, float64 of compute (weights stay fp32); auto: bfloat16 on cuda
@@ -86,13 +116,20 @@ class Config:
     save_dtype: str = ""  # dtype of model/; default: the loaded folder's
 
 
-CHOICES = {"truncation": ("cut", "drop", "error"), "tokenize": ("joint", "apart"), "train_on": ("", "all", "last"),
+ROLLOUTS = {key for line in inspect.getsource(Config).split("# Rollouts")[1].split("# Machine")[0].splitlines()
+            for key in re.findall(r"^    (\w+):", line)} - {"temperature"}  # keys that mean nothing to losses on fixed rows
+CHOICES = {"bad_rewards": ("error", "skip"),
+           "advantages": ("gae", "reinforce", "reinforce_baseline", "rloo", "group_norm", "group_center"),
+           "truncation": ("cut", "drop", "error"), "tokenize": ("joint", "apart"), "train_on": ("", "all", "last"),
            "bad_rows": ("error", "skip"), "schedule": ("constant", "linear", "cosine"), "device": ("auto", "cpu", "cuda"),
            "dtype": ("auto", "float32", "bfloat16", "float16", "float64"), "compile": (True, False, "auto"),
            "save_dtype": ("", "float32", "bfloat16", "float16", "float64")}
-AT_LEAST = {"batch_size": 1, "max_length": 2, "log_every": 1, "keep_checkpoints": 1, "max_new_tokens": 1} | dict.fromkeys(
+AT_LEAST = {"batch_size": 1, "max_length": 2, "log_every": 1, "keep_checkpoints": 1, "max_new_tokens": 1,
+            "rollout_batch": 1, "samples_per_prompt": 1, "rollout_epochs": 1, "kl_horizon": 1} | dict.fromkeys(
     ("max_prompt_length", "micro_batch_tokens", "epochs", "max_steps", "lr", "min_lr", "warmup_steps", "weight_decay",
-     "grad_clip", "eval_every", "save_every", "nll_coef", "ld_alpha", "seed", "teacher_top_k"), 0)
+     "grad_clip", "eval_every", "save_every", "nll_coef", "ld_alpha", "seed", "teacher_top_k", "reward_workers", "reward_timeout", "rollout_prompts",
+     "temperature", "top_k", "top_p", "min_p", "gamma", "lam", "reward_clip", "missing_eos_penalty", "overlong_buffer",
+     "overlong_penalty", "filter_rounds", "kl_coef", "kl_target", "critic_lr", "critic_warmup"), 0)
 TYPES = typing.get_type_hints(Config)
 
 
@@ -105,7 +142,7 @@ def checked(key: str, value, kind, where: str):
         value = float(value)
     if isinstance(value, list) and tuple in kinds:
         value = tuple(value)
-    if not (callable(value) if kind is Callable else type(value) in kinds):
+    if not any(callable(value) if k is Callable else type(value) is k for k in kinds):
         names = " or ".join("function" if k is Callable else k.__name__ for k in kinds)
         raise ValueError(f"{where}: {key} = {value!r} is a {type(value).__name__}; expected {names}")
     if key in CHOICES and value not in CHOICES[key]:
@@ -235,9 +272,12 @@ def terms(cfg: types.SimpleNamespace, compiled: bool) -> list[Term]:
             raise ValueError(f"{name} = {value!r} changes nothing in {'+'.join(ignoring)}; leave it out")
         made = changed
     for key, stream in (("reference", "reference_log_probs"), ("reference_live", "reference_log_probs"),
-                        ("teacher", "teacher_logits"), ("teacher_top_k", "teacher_logits")):
-        if getattr(cfg, key) and stream not in streams(made):
+                        ("teacher", "teacher_logits"), ("teacher_top_k", "teacher_logits"), ("critic", "values")):
+        if getattr(cfg, key) and stream not in streams(made) and not (cfg.kl_coef and key == "reference"):
             raise ValueError(f"{key} = {getattr(cfg, key)!r}: {'+'.join(cfg.weights)} reads no {key.split('_')[0]}; leave it out")
+    given = [key for key in sorted(ROLLOUTS) if getattr(cfg, key) != getattr(Config, key)]
+    if given and data_kind(cfg) != "prompts":
+        raise ValueError(f"{given[0]} = {getattr(cfg, given[0])!r} is of rollouts, and {'+'.join(cfg.weights)} makes none; leave it out")
     return made
 
 
@@ -248,8 +288,17 @@ def data_kind(cfg: types.SimpleNamespace) -> str:
     return kinds.pop()
 
 
+def models(cfg: types.SimpleNamespace) -> list[str]:
+    """Every folder or config of a model that the run begins with."""
+    rewards = cfg.reward if isinstance(cfg.reward, dict) else [cfg.reward]
+    return [cfg.init_from, cfg.teacher, cfg.critic, *[name for name in rewards if isinstance(name, str)]]
+
+
 def as_json(cfg: types.SimpleNamespace) -> dict:
-    named = lambda v: f"{v.__module__}.{getattr(v, '__qualname__', v)}" if callable(v) else v
+    def named(v):
+        if isinstance(v, dict):
+            return {named(key): value for key, value in v.items()}
+        return f"{v.__module__}.{getattr(v, '__qualname__', v)}" if callable(v) else v
     return {key: named(value) for key, value in vars(cfg).items()}
 
 
@@ -260,9 +309,10 @@ def digest(cfg: types.SimpleNamespace) -> str:
              "eval_data", "eval_prompts", "eval_every", "check", "max_new_tokens"}
     apart |= {"objective", "nll_coef"}  # in weights and bound, and so is
     apart |= {key for name, given in cfg.bound.items() for k in given for key in (k, f"{name}_{k}")}
+    apart -= {"max_new_tokens"} if data_kind(cfg) == "prompts" else set()
     kept = {key: value for key, value in as_json(cfg).items() if key not in apart}
-    for key in [key for key in ("init_from", "teacher") if getattr(cfg, key).endswith(".py")]:
-        kept[key] = digest(load_stage(getattr(cfg, key), cfg))
+    for path in [path for path in models(cfg) if path.endswith(".py")]:
+        kept[path] = digest(load_stage(path, cfg))
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

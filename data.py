@@ -306,10 +306,14 @@ def steps_row(row: dict, train_on: str, chat: bool) -> Draft:
 
 
 def prompt_row(row: dict, train_on: str, chat: bool) -> Draft:
-    """{prompt} as text or messages; other columns are kept for whoever checks the answer."""
-    if "prompt" not in row:
-        raise ValueError(f"found keys {list(row)}; expected prompt")
-    return Draft(text_or_messages(row, "prompt"), [], [])
+    """{prompt} as text or messages; {question} or {problem}, which are the user's message where there is a chat template. Other
+    columns are kept for whoever judges the answer."""
+    if "prompt" in row:
+        return Draft(text_or_messages(row, "prompt"), [], [])
+    key = next((key for key in ("question", "problem") if key in row), None)
+    if key is None:
+        raise ValueError(f"found keys {list(row)}; expected prompt, question or problem")
+    return Draft([{"role": "user", "content": text_field(row, key)}] if chat else text_field(row, key) + "\n", [], [])
 
 
 FORMATS = {"sft": sft_row, "preference": preference_row, "kto": kto_row, "prm": prm_row, "steps": steps_row, "prompts": prompt_row}
@@ -344,6 +348,9 @@ class Tokenizer:
         self.adds_bos = self.bos is not None and config.get(
             "add_bos_token", self.fast.encode("a").ids[:1] == [self.bos])
         self.dummy_prefix = self.fast.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581")  # SentencePiece
+        described = [read_json(path) for name in ("generation_config.json", "config.json") if (path := self.folder / name).is_file()]
+        ends = next((c["eos_token_id"] for c in described if c.get("eos_token_id") is not None), self.eos)
+        self.stops = {self.eos, *(ends if isinstance(ends, list) else [ends])}  # what ends an answer
         self.special = {i for i, token in self.fast.get_added_tokens_decoder().items() if token.special}
         self.chat_template = self._template(chat_template, config)
 
@@ -561,11 +568,16 @@ def as_dataset(examples: list[Example], counts: Counter) -> Dataset:
 def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: bool = True) -> Dataset:
     """Read, tokenize and truncate every row; a malformed one stops the run unless bad_rows = "skip"."""
     train_on, chat, counts = cfg.train_on or TRAIN_ON[kind], bool(tokenizer.chat_template), Counter()
-    examples, drafts, rows = [], [], {}
+    examples, drafts, rows, longest_prompt = [], [], {}, cfg.max_prompt_length
+    if kind == "prompts":  # the answer wants room
+        longest_prompt = min(longest_prompt or cfg.max_length, cfg.max_length - cfg.max_new_tokens)
+        if longest_prompt < 1:
+            raise ValueError(f"max_length = {cfg.max_length} holds a prompt and its answer, and max_new_tokens = "
+                             f"{cfg.max_new_tokens} leaves nothing for the prompt; raise the one or lower the other")
 
     def flush():
         for example in tokenize(drafts, tokenizer, cfg.tokenize, counts, cfg.step_token):
-            example = truncate(example, tokenizer.bos, cfg.max_length, cfg.max_prompt_length, cfg.truncation, counts)
+            example = truncate(example, tokenizer.bos, cfg.max_length, longest_prompt, cfg.truncation, counts)
             if example is not None:
                 examples.append(example._replace(row=rows.get(example.where)))
         drafts.clear()
@@ -587,7 +599,7 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
             said = f"{type(error).__name__}: {error}; is a field missing?" if wrong_type else error
             raise ValueError(f"{where}: {said}") from None
         if not draft.responses:
-            rows[where] = row
+            rows[where] = {"prompt": draft.prompt, **row}
         if len(drafts) == 1024:
             flush()
     flush()
@@ -645,14 +657,17 @@ def in_order(dataset: Dataset, size: int = 256) -> list[np.ndarray]:
     return np.split(np.arange(len(dataset)), range(size, len(dataset), size))
 
 
-def stream_length(datasets: list[Dataset], batch_size: int, asked: int) -> int:
-    """T. 0: what holds the largest tree, and as much of an average step as 4,096 tokens take; a multiple of 128."""
+def stream_length(datasets: list[Dataset], batch_size: int, asked: int, answers: int = 0, answer: int = 0) -> int:
+    """T. 0: what holds the largest tree, and as much of an average step as 4,096 tokens take; a multiple of 128. Trees that are
+    yet to get that many answers of at most so many tokens may be cut to one answer: 0 is then at most 16,384 if that holds one."""
     largest = max((e for d in datasets for e in d.examples), key=lambda e: e.length)
-    if asked and asked < largest.length:
-        raise ValueError(f"{largest.where}: a prompt with its responses takes {largest.length} tokens and "
-                         f"micro_batch_tokens is {asked}; set it to {-(-largest.length // 128) * 128} or to 0, or cut max_length")
-    step = batch_size * sum(e.length for e in datasets[0].examples) // len(datasets[0])
-    return asked or -(-max(largest.length, min(4096, step)) // 128) * 128
+    least = largest.length + answer
+    if asked and asked < least:
+        raise ValueError(f"{largest.where}: a prompt with its responses takes {least} tokens and "
+                         f"micro_batch_tokens is {asked}; set it to {-(-least // 128) * 128} or to 0, or cut max_length")
+    step = batch_size * (sum(e.length for e in datasets[0].examples) // len(datasets[0]) + answers * answer)
+    whole = largest.length + answers * answer
+    return asked or -(-max(least, min(whole, 16384) if answer else whole, min(4096, step)) // 128) * 128
 
 
 def pack(lengths: list[int], capacity: int) -> list[list[int]]:

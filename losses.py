@@ -848,7 +848,7 @@ def clipped_surrogate(ratio, advantages, clip_eps_low, clip_eps_high, dual_clip)
     return -surrogate, clipped < plain
 
 
-@objective(data="prompts", per=per_reduction, show="policy/approx_kl")
+@objective(data="prompts", per=per_reduction, show="reward")
 def ppo(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=None, *,
         clip_eps_low=0.2, clip_eps_high=0.2, dual_clip=0.0, reduction="token", max_new_tokens=256,
         correction="", correction_low=0.5, correction_high=5.0):
@@ -866,7 +866,7 @@ def ppo(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=Non
                     reduction, max_new_tokens, correction, correction_low, correction_high)
 
 
-@objective(data="prompts", per="responses", show="policy/approx_kl")
+@objective(data="prompts", per="responses", show="reward")
 def gspo(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=None, *,
          clip_eps_low=3e-4, clip_eps_high=4e-4, dual_clip=0.0, correction="", correction_low=0.5, correction_high=5.0):
     """Group sequence policy optimization, arXiv:2507.18071: `ppo` with exp of the sequence's mean log-ratio for the ratio
@@ -878,7 +878,7 @@ def gspo(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=No
                     "sequence", 1, correction, correction_low, correction_high)
 
 
-@objective(data="prompts", per=per_reduction, show="policy/approx_kl")
+@objective(data="prompts", per=per_reduction, show="reward")
 def cispo(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=None, *,
           clip_eps_high=0.2, reduction="token", max_new_tokens=256, correction="", correction_low=0.5, correction_high=5.0):
     """CISPO, arXiv:2506.13585: -sg(min(ratio, 1 + eps_high)) A log p: the weight is clipped, no token loses its gradient."""
@@ -889,7 +889,7 @@ def cispo(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=N
                     reduction, max_new_tokens, correction, correction_low, correction_high)
 
 
-@objective(data="prompts", per=per_reduction, show="policy/approx_kl")
+@objective(data="prompts", per=per_reduction, show="reward")
 def reinforce(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=None, *,
               reduction="token", max_new_tokens=256, correction="", correction_low=0.5, correction_high=5.0):
     """REINFORCE: -A log p, for rollouts of the current policy; old_log_probs are read for metrics and correction alone."""
@@ -899,7 +899,7 @@ def reinforce(log_probs, old_log_probs, advantages, action_mask, rollout_log_pro
                     reduction, max_new_tokens, correction, correction_low, correction_high)
 
 
-@objective(data="prompts", per=per_reduction, show="policy/approx_kl")
+@objective(data="prompts", per=per_reduction, show="reward")
 def sapo(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=None, *,
          tau_positive=1.0, tau_negative=1.05, reduction="sequence", max_new_tokens=256,
          correction="", correction_low=0.5, correction_high=5.0):

@@ -297,7 +297,7 @@ def token_head(decoder, hidden, batch, wanted):
     if hidden.is_cuda and torch.is_autocast_enabled("cuda"):  # the residual stream is fp32; the product need not be
         hidden = hidden.to(torch.get_autocast_dtype("cuda"))
     made = linear_log_probs(hidden, decoder.lm_head.weight, batch["target"], entropy="entropy" in wanted,
-                            collision="collision" in wanted, compiled=decoder.compiled)
+                            collision="collision" in wanted, temperature=decoder.temperature, compiled=decoder.compiled)
     return dict(zip(("log_probs", "entropy", "collision"), made))
 
 
@@ -323,6 +323,17 @@ def step_head(decoder, hidden, batch, wanted):
         return {"step_logits": decoder.score(hidden.index_select(0, batch["own"]).to(decoder.score.weight.dtype))}
 
 
+def value_head(decoder, hidden, batch, wanted):
+    """What the critic expects from the place that predicts each scored token on, (N,), in fp32: it sees the prompt and the tokens
+    before. The critic is a head on the policy's trunk, or a model of its own beside it."""
+    if hasattr(decoder, "critic"):
+        hidden, head = decoder.critic.hidden(batch), decoder.critic.score
+    else:
+        head = decoder.values
+    with torch.autocast(hidden.device.type, enabled=False):
+        return {"values": head(hidden.index_select(0, batch["predict_from"]).to(head.weight.dtype))[:, 0]}
+
+
 class Head(NamedTuple):
     """What makes streams of hidden states, and the module whose weights it needs."""
     make: Callable  # (decoder, hidden, batch, names wanted) -> {name: stream}
@@ -332,7 +343,7 @@ class Head(NamedTuple):
 
 HEADS = {**dict.fromkeys(("log_probs", "entropy", "collision"), Head(token_head, "lm_head")),
          "logits": Head(logits_head, "lm_head"), "reward": Head(reward_head, "score", 1),
-         "step_logits": Head(step_head, "score", 2)}  # stream that a loss reads -> the head that makes it
+         "step_logits": Head(step_head, "score", 2), "values": Head(value_head, "values", 1)}  # stream that a loss reads -> the head that makes it
 LANGUAGE = {"lm_head": 0}  # the modules of a language model
 
 
@@ -352,6 +363,7 @@ class Decoder(nn.Module):
     def __init__(self, config: dict, where: str = "config", heads: dict[str, int] = LANGUAGE):
         super().__init__()
         self.config, self.shape, self.compiled, self.reward_tokens = config, read_shape(config, where), False, ()
+        self.temperature = 1.0  # of the softmax that log-probs are of
         self.model = Trunk(self.shape)
         if "lm_head" in heads:
             self.lm_head = nn.Linear(self.shape.hidden_size, self.shape.vocab_size, bias=False)
@@ -359,18 +371,23 @@ class Decoder(nn.Module):
                 self.lm_head.weight = self.model.embed_tokens.weight
         if "score" in heads:  # a bias of rewards has no gradient under a difference of two, and Adam would make steps of its noise
             self.score = nn.Linear(self.shape.hidden_size, heads["score"], bias=heads["score"] > 1)
+        if "values" in heads:
+            self.values = nn.Linear(self.shape.hidden_size, 1)
         if self.shape.rope:
             rope_frequencies(self.shape.rope, self.shape.head_dim)  # an unknown scaling is an error now, not in step 1
 
     def forward(self, batch: dict, outputs: list[str]) -> dict[str, Tensor]:
         """One packed micro-batch -> the named streams, (N,) each."""
-        def attend(layer, q, k, v):
-            return packed_attention(q, k, v, batch, self.shape.windows[layer])
-        hidden = self.model(batch["tokens"], batch["positions"], attend)
-        made = {}
+        hidden, made = self.hidden(batch), {}
         for make in dict.fromkeys(HEADS[name].make for name in outputs):
             made |= make(self, hidden, batch, outputs)
         return {name: made[name] for name in outputs}
+
+    def hidden(self, batch: dict) -> Tensor:
+        """Its hidden states (T, D)."""
+        def attend(layer, q, k, v):
+            return packed_attention(q, k, v, batch, self.shape.windows[layer])
+        return self.model(batch["tokens"], batch["positions"], attend)
 
     def compile_blocks(self):
         """Compile in place: parameter names stay clean and every layer shares one graph per half."""
@@ -389,13 +406,13 @@ class Decoder(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
         return self.lm_head(self.model(tokens, torch.arange(len(tokens), device=tokens.device), attend))
 
-    def init_score(self, seed: int):
-        """A new score head: normal with std 1 / (D + 1), the same on every device."""
+    def init_head(self, name: str, seed: int):
+        """A new score or values head: normal with std 1 / (D + 1), the same on every device."""
+        head, std = getattr(self, name), 1 / (self.shape.hidden_size + 1)
         with torch.no_grad():
-            std = 1 / (self.shape.hidden_size + 1)
-            self.score.weight.copy_(torch.randn(self.score.weight.shape, generator=torch.Generator().manual_seed(seed)) * std)
-            if self.score.bias is not None:
-                self.score.bias.zero_()
+            head.weight.copy_(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed)) * std)
+            if head.bias is not None:
+                head.bias.zero_()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -483,6 +500,7 @@ def read_weights(folder: Path, names_only: bool = False) -> dict[str, Tensor | N
     return state
 
 
+NEW = {"score", "values"}  # heads that a model may start without
 SCORES = re.compile(r"^(v_head\.summary|value_head(\.summary)?|classifier)\.")  # other names of a score head
 
 
@@ -505,16 +523,15 @@ def load(folder: Path, heads: dict[str, int] = LANGUAGE, seed: int = 0) -> tuple
     if "score" in heads and len(state.get("score.weight", ())) == heads["score"]:
         if "score.bias" in state and decoder.score.bias is None:  # a constant that a folder of another project has: it stays
             decoder.score.bias = nn.Parameter(torch.zeros(heads["score"]), requires_grad=False)
-    state = {name: t for name, t in state.items() if name.split(".")[0] not in {"lm_head", "score"} - heads.keys()}
-    new = "score" in heads and "score.weight" not in state
+    state = {name: t for name, t in state.items() if name.split(".")[0] not in {"lm_head", *NEW} - heads.keys()}
+    new = {name for name in NEW & heads.keys() if f"{name}.weight" not in state}
     saved = max((t.dtype for t in state.values()), key=[t.dtype for t in state.values()].count)
     state = {name: t for name, t in state.items() if not name.endswith("rotary_emb.inv_freq")}
     if decoder.shape.tied and "lm_head" in heads:
         state.setdefault("model.embed_tokens.weight", state.get("lm_head.weight"))
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     expected = decoder.state_dict()
-    if new:
-        state.update({name: torch.zeros(expected[name].shape) for name in expected if name.startswith("score.")})
+    state.update({name: torch.zeros(expected[name].shape) for name in expected if name.split(".")[0] in new})
     for problem, names in (("are missing", expected.keys() - state.keys()), ("are not known", state.keys() - expected.keys())):
         if names:
             raise ValueError(f"{folder}: {len(names)} tensors of a {config['model_type']} model {problem}: "
@@ -526,8 +543,8 @@ def load(folder: Path, heads: dict[str, int] = LANGUAGE, seed: int = 0) -> tuple
     decoder.load_state_dict({name: t.to(wide).contiguous() for name, t in state.items()}, assign=True)
     if decoder.shape.tied and "lm_head" in heads:
         decoder.lm_head.weight = decoder.model.embed_tokens.weight
-    if new:
-        decoder.init_score(seed)
+    for name in new:
+        decoder.init_head(name, seed)
     decoder.requires_grad_(True)
     if "score" in heads and decoder.score.bias is not None and heads["score"] == 1:
         decoder.score.bias.requires_grad_(False)
@@ -546,9 +563,44 @@ def scratch(config: dict, seed: int, heads: dict[str, int] = LANGUAGE) -> Decode
                 parameter.normal_(0, std * scale, generator=generator)
             elif name.endswith("bias"):
                 parameter.zero_()
-    if "score" in heads:
-        decoder.init_score(seed)
+    for name in NEW & heads.keys():
+        decoder.init_head(name, seed)
     return decoder
+
+
+def load_model(cfg, machine, name: str, tokenizer, outputs: list[str]) -> tuple[Decoder, torch.dtype]:
+    """The model a run starts from, or one that it reads, with the heads that make these outputs: one way for all, so that policy
+    and reference agree to the last bit. cfg, machine, tokenizer: config.py's, train.py's and data.py's."""
+    heads = modules(outputs, bool(cfg.reward_tokens))
+    if name == "scratch":
+        if not cfg.scratch or not cfg.tokenizer:
+            raise ValueError("init_from = 'scratch' needs scratch = {model_type, hidden_size, ...} and tokenizer = a folder")
+        tokens = {"vocab_size": tokenizer.fast.get_vocab_size(), "eos_token_id": tokenizer.eos, "bos_token_id": tokenizer.bos}
+        decoder, saved = scratch({**tokens, **cfg.scratch}, cfg.seed, heads), torch.float32
+    else:
+        decoder, saved = load(find_folder(name), heads, cfg.seed)
+    if "step_logits" in outputs:
+        decoder.config |= {"step_token": cfg.step_token, "reward_tokens": list(cfg.reward_tokens)}
+        decoder.reward_tokens = tuple(map(tokenizer.one, cfg.reward_tokens))
+    if decoder.shape.vocab_size < tokenizer.fast.get_vocab_size():
+        raise ValueError(f"{name}: {decoder.shape.vocab_size} embeddings, and {tokenizer.folder} has "
+                         f"{tokenizer.fast.get_vocab_size()} tokens")
+    decoder = decoder.to(machine.device, torch.float64 if machine.dtype == torch.float64 else torch.float32)
+    if machine.compiled:
+        decoder.compile_blocks()
+    return decoder, saved
+
+
+def check_lengths(decoder: Decoder, dataset, answer: int = 0):
+    """answer: tokens that a response may get."""
+    longest = max(dataset.examples, key=lambda e: len(e.prompt) + max(map(len, e.responses), default=answer))
+    length = len(longest.prompt) + max(map(len, longest.responses), default=answer)
+    if length > decoder.shape.max_positions and decoder.shape.gpt2:
+        raise ValueError(f"{longest.where}: {length} tokens, and the model has {decoder.shape.max_positions} positions; "
+                         f"set max_length to at most that")
+
+
+CRITIC = ("values", "critic")  # what belongs to the critic: a head on the trunk, or a model beside it
 
 
 def architecture(decoder: Decoder) -> dict:
@@ -567,7 +619,8 @@ def save(decoder: Decoder, folder: Path, dtype: torch.dtype, tokenizer_from: Pat
     """Write a folder that transformers and vLLM load as it is: tied weights once, the tokenizer's files beside them. pad: the
     (id, token) of a reward model's padding, which transformers looks for to find the last token."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: p.detach().to("cpu", dtype) for name, p in decoder.named_parameters()}  # shared parameters once
+    state = {name: p.detach().to("cpu", dtype) for name, p in decoder.named_parameters()  # shared parameters once
+             if name.split(".")[0] not in CRITIC}
     if decoder.shape.gpt2:
         state = to_gpt2(state)
         if hasattr(decoder, "score") and decoder.score.out_features > 1:  # transformers' name for it in GPT-2

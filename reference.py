@@ -82,6 +82,20 @@ def top_logits(load: Callable, weights: str, dataset: Dataset, layout: Layout, k
     return made["top"], made["index"]
 
 
+def sweep(of: Callable, dataset: Dataset, layout: Layout, machine, what: str = "") -> dict[str, torch.Tensor]:
+    """Tables of what of(batch) says of each scored token, name -> (dataset.offsets[-1], ...), by one pass without gradient over
+    the rows, shared between the ranks."""
+    tables = {}
+    for rows in tqdm(in_order(dataset), desc=what, disable=machine.rank > 0 or not what, leave=False):
+        for batch in micro_batches(dataset, rows, layout, machine.rank, machine.world)[0]:
+            with torch.no_grad(), machine.autocast():
+                made, real = of(batch), batch["scored"]
+            for name, values in made.items():
+                table = tables.setdefault(name, values.new_zeros(int(dataset.offsets[-1]), *values.shape[1:]))
+                table[batch["scored_index"][:real]] = values[:real]
+    return {name: machine.sum(table) for name, table in tables.items()}  # disjoint shares
+
+
 def precompute(load: Callable, of: Callable, what: str, weights: str, dataset: Dataset, layout: Layout, precision: str, machine,
                cache_dir: str) -> dict[str, torch.Tensor]:
     """Tables of what of(decoder, batch) says of each scored token, name -> (dataset.offsets[-1], ...): from the cache on disk, or
@@ -92,15 +106,8 @@ def precompute(load: Callable, of: Callable, what: str, weights: str, dataset: D
         if machine.rank == 0:
             print(f"{what} of {len(dataset):,} rows: from {path}")
         return {name: table.to(layout.device) for name, table in tables.items()}
-    decoder, tables = load(), {}
-    for rows in tqdm(list(in_order(dataset)), desc=what, disable=machine.rank > 0, leave=False):
-        for batch in micro_batches(dataset, rows, layout, machine.rank, machine.world)[0]:
-            with torch.no_grad(), machine.autocast():
-                made, real = of(decoder, batch), batch["scored"]
-            for name, values in made.items():
-                table = tables.setdefault(name, values.new_zeros(int(dataset.offsets[-1]), *values.shape[1:]))
-                table[batch["scored_index"][:real]] = values[:real]
-    tables = {name: machine.sum(table) for name, table in tables.items()}  # disjoint shares
+    decoder = load()
+    tables = sweep(lambda batch: of(decoder, batch), dataset, layout, machine, what)
     if machine.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")

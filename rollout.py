@@ -1,65 +1,490 @@
-"""Generation with a KV cache, for answers that eval checks.
+"""Rollouts as a data source: prompts are answered, answers rewarded, and the loop gets them as examples with columns.
 
-Shapes: B rows, S new tokens of a forward, C cache slots, H query heads, K key-value heads, E head width.
+`generate` is also what eval, `sample.py generate` and `sample.py chat` use. What an answer is depends on its key alone
+(seed, place of its prompt in the run, number of the answer): not on ranks, nor on what it is batched with.
+
+Shapes: B rows of a batch, C cache slots, H query heads, K key-value heads, E head width, V vocabulary; R responses, L
+longest response, n responses a prompt.
 """
+import functools
+import itertools
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 import torch
-import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+import data
+import losses
+import model
+import reference
+import reward
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+class Sampling(NamedTuple):
+    """What tokens are drawn from: softmax(logits / temperature), or what top-k, top-p and min-p leave of it, in this order."""
+    temperature: float = 1.0  # 0: the most likely token
+    top_k: int = 0  # of the k most likely; 0: of all
+    top_p: float = 1.0  # of the most likely that have this probability together
+    min_p: float = 0.0  # of those with at least this share of the most likely one's probability
+
+
+GREEDY = Sampling(0.0)
+
+
+class Answer(NamedTuple):
+    ids: list[int]  # with the token that ended it
+    log_probs: list[float]  # under softmax(logits / temperature), whatever top-k, top-p and min-p left of it
+    ended: bool  # by a stop token or a stop string, and not by running out of room
 
 
 @torch.no_grad()
-def generate(decoder, prompts: list, *, max_new_tokens: int, stop: set[int], temperature: float = 0.0, seed: int = 0,
-             batch: int = 256) -> list[list[int]]:
-    """Continuations of prompts (lists of ids), without the stop token: greedy, or sampled at a temperature. The cache holds C =
-    longest prompt + max_new_tokens slots; a key's slot is its position, so rows of different lengths need no padding on
-    the left."""
-    answers = []
-    with torch.compiler.set_stance("force_eager"):  # its shapes are its own: they would use up the blocks' compilations
-        for start in range(0, len(prompts), batch):
-            generator = torch.Generator(decoder.lm_head.weight.device).manual_seed(seed + start)
-            answers += _generate(decoder, prompts[start:start + batch], max_new_tokens, stop, temperature, generator)
+def generate(decoder, prompts: list[list[int]], *, max_new_tokens: int, stop: set[int], n: int = 1, sampling: Sampling = GREEDY,
+             keys: list[tuple] | None = None, strings: tuple = (), text: Callable | None = None, batch: int = 256,
+             check: int = 16, compiled: bool = False, watch: Callable | None = None) -> list[list[Answer]]:
+    """n answers to each prompt (a list of ids), whose part of the cache is computed once for all of them.
+
+    An answer ends at a token of `stop`, or where `text(ids)` holds one of `strings`. keys: the integers that the random numbers
+    of each prompt are a function of. batch: rows at a time. Every `check` tokens the host looks which rows are done; they leave
+    the batch then. compiled: a decoding step is one graph, and they stay. watch(row, ids) is called whenever the host looks.
+    """
+    keys, answers, each = keys or [(0, i) for i in range(len(prompts))], [], max(1, batch // n)
+    for start in range(0, len(prompts), each):
+        some, uniform = prompts[start:start + each], None
+        padded = some + some[-1:] * (each - len(some)) if compiled and start else some  # of one shape
+        if sampling.temperature:
+            seeds = [(*key, i) for key in keys[start:start + each] for i in range(n)]
+            uniform = np.ones((len(padded) * n, max_new_tokens), np.float32) / 2
+            uniform[:len(seeds)] = [np.random.default_rng(seed).random(max_new_tokens, np.float32) for seed in seeds]
+        look = functools.partial(_look, strings=strings, text=text, watch=watch) if strings or watch else None
+        rows = _generate(decoder, padded, n, max_new_tokens, stop, sampling, uniform, look, check, compiled)
+        answers += [rows[i * n:(i + 1) * n] for i in range(len(some))]
     return answers
 
 
-def _generate(decoder, prompts, max_new_tokens, stop, temperature, generator):
-    shape, device = decoder.shape, decoder.lm_head.weight.device
-    rows, longest = len(prompts), max(map(len, prompts))
-    slots = longest + max_new_tokens
-    if shape.gpt2:  # learned positions end
-        slots = min(slots, shape.max_positions)
-    keys = torch.zeros(shape.num_layers, 2, rows, shape.num_kv_heads, slots, shape.head_dim, device=device,
-                       dtype=decoder.lm_head.weight.dtype)
-    each = torch.arange(rows, device=device)[:, None]
+def _generate(decoder, prompts, n, max_new_tokens, stop, sampling, uniform, look, check, compiled) -> list[Answer]:
+    shape, device, longest, rows = decoder.shape, decoder.lm_head.weight.device, max(map(len, prompts)), len(prompts) * n
+    slots = -(-(longest + max_new_tokens) // 64) * 64
+    slots = min(slots, shape.max_positions) if shape.gpt2 else slots  # learned positions end
+    with torch.compiler.set_stance("force_eager"):  # shapes of its own, which would use up the blocks' compilations
+        cache, logits = prefill(decoder, prompts, n, slots)
+    step, stance = (losses.compiled(decode, dynamic=False), "default") if compiled else (decode, "force_eager")
+    place = torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(n)  # of the next token
+    stops = torch.tensor(sorted(stop), device=device)
+    uniform = torch.from_numpy(uniform).to(device) if uniform is not None else torch.zeros(rows, max_new_tokens, device=device)
+    tokens = torch.full((rows, max_new_tokens), -1, device=device)
+    log_probs = torch.zeros(rows, max_new_tokens, dtype=torch.promote_types(logits.dtype, torch.float32), device=device)
+    lengths = torch.full((rows,), max_new_tokens, device=device)
+    ended, alive, done = (torch.zeros(rows, dtype=torch.bool, device=device), torch.arange(rows, device=device),
+                          torch.zeros(rows, dtype=torch.bool, device=device))
+    for t in range(max_new_tokens):
+        token, log_prob = pick(logits, uniform[alive, t], sampling)
+        tokens[alive, t], log_probs[alive, t] = token, log_prob
+        stopped = torch.isin(token, stops)
+        lengths[alive] = torch.where(~done & (stopped | (place + 1 >= slots)), t + 1, lengths[alive])
+        ended[alive] |= ~done & stopped
+        done = done | stopped | (place + 1 >= slots)
+        if (t + 1) % check == 0 or t + 1 == max_new_tokens:
+            if look:
+                done = done | look(tokens, lengths, ended, alive, t + 1)
+            if done.all():  # waits for the device
+                break
+            if not compiled and done.sum() > len(done) // 4:
+                cache = [part[~done] for part in cache]
+                alive, token, place, done = alive[~done], token[~done], place[~done], done[~done]
+        if t + 1 < max_new_tokens:
+            with torch.compiler.set_stance(stance):
+                logits = step(decoder, cache, token, place.clamp(max=slots - 1), slots if compiled else min(slots, longest + t + 2))
+            place = place + 1
+    return [Answer(ids[:length], logps[:length], end) for ids, logps, length, end in
+            zip(tokens.tolist(), log_probs.tolist(), lengths.tolist(), ended.tolist())]
 
-    def forward(tokens, positions):  # (B, S) -> hidden (B, S, D)
-        distance = positions[:, :, None] - torch.arange(slots, device=device)  # (B, S, C)
+
+def prefill(decoder, prompts: list[list[int]], n: int, slots: int) -> tuple[list[Tensor], Tensor]:
+    """The cache of prompts, each computed once and n times there: keys and values of every layer (B, K, C, E), a key's slot being
+    its position; and what follows the prompts, (B, V). Prompts go through the packed attention, some thousand tokens at a time."""
+    shape, weight = decoder.shape, decoder.lm_head.weight
+    dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+    cache = [torch.zeros(len(prompts), shape.num_kv_heads, slots, shape.head_dim, dtype=dtype, device=weight.device)
+             for _ in range(2 * shape.num_layers)]
+    pieces, last = np.cumsum([len(p) for p in prompts]) // 8192, []
+    for piece in np.unique(pieces):
+        members = np.flatnonzero(pieces == piece)
+        lengths = np.array([len(prompts[i]) for i in members])
+        begins = np.cumsum(lengths) - lengths
+        spans = [(int(begin), int(length), int(begin), 0) for begin, length in zip(begins, lengths)]
+        varlen = weight.is_cuda and dtype in (torch.bfloat16, torch.float16)
+        batch = data.to_device({
+            "tokens": np.concatenate([prompts[i] for i in members]).astype(np.int64), "row": np.repeat(members, lengths),
+            "positions": np.concatenate([np.arange(length) for length in lengths]), "last": begins + lengths - 1,
+            **(data.varlen_segments if varlen else data.grouped_segments)(spans)}, weight.device.type)
 
         def attend(layer, q, k, v):
-            for which, new in enumerate((k, v)):
-                keys[layer, which][each, :, positions] = new.unflatten(0, tokens.shape).to(keys.dtype)
-            window = shape.windows[layer]
-            mask = ((distance >= 0) & (distance < window if window else True))[:, None]
-            q = q.unflatten(0, tokens.shape).transpose(1, 2)  # (B, H, S, E)
-            k, v = keys[layer].to(q.dtype)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2).flatten(0, 1)
+            for part, new in zip(cache[2 * layer:2 * layer + 2], (k, v)):
+                part[batch["row"], :, batch["positions"]] = new.to(dtype)
+            return model.packed_attention(q, k, v, batch, shape.windows[layer])
 
-        return decoder.model(tokens.flatten(), positions.flatten(), attend).unflatten(0, tokens.shape)
+        last.append(decoder.model(batch["tokens"], batch["positions"], attend)[batch["last"]])
+    logits = decoder.lm_head(torch.cat(last))
+    return ([part.repeat_interleave(n, 0) for part in cache] if n > 1 else cache), logits.repeat_interleave(n, 0)
 
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    tokens = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
-    # Slots behind a short prompt hold padding until the row's own tokens overwrite them, each before it is first seen.
-    hidden = forward(tokens, torch.arange(longest, device=device).expand(rows, -1))[each[:, 0], lengths - 1]
-    stops = torch.tensor(sorted(stop), device=device)
-    answers, done = [], torch.zeros(rows, dtype=torch.bool, device=device)
-    for _ in range(max_new_tokens):
-        logits = decoder.lm_head(hidden)
-        if temperature:
-            chosen = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
-        else:
-            chosen = logits.argmax(-1)
-        done |= torch.isin(chosen, stops) | (lengths >= slots)
-        answers.append(torch.where(done, -1, chosen))
-        if done.all():
-            break
-        hidden = forward(chosen[:, None], lengths.clamp(max=slots - 1)[:, None])[:, 0]
-        lengths = lengths + 1
-    return [[t for t in row if t >= 0] for row in torch.stack(answers, 1).tolist()]
+
+def decode(decoder, cache: list[Tensor], tokens: Tensor, positions: Tensor, slots: int) -> Tensor:
+    """One token (B,) of each row at its position -> logits of the next (B, V). The cache, of which the first `slots` are looked
+    at, is written to in place. Query heads that share a key-value head are its rows: no key is copied."""
+    shape, each = decoder.shape, torch.arange(len(tokens), device=tokens.device)
+    distance = positions[:, None] - torch.arange(slots, device=tokens.device)  # (B, C)
+    scale = shape.head_dim ** -0.5
+
+    def attend(layer, q, k, v):
+        keys, values = cache[2 * layer], cache[2 * layer + 1]
+        keys[each, :, positions], values[each, :, positions] = k.to(keys.dtype), v.to(keys.dtype)
+        window = shape.windows[layer]
+        hidden = ((distance < 0) | (distance >= window if window else False))[:, None, None]
+        q = q.to(keys.dtype).unflatten(1, (shape.num_kv_heads, -1))  # (B, K, H/K, E)
+        scores = (q @ keys[:, :, :slots].transpose(2, 3) * scale).masked_fill(hidden, -torch.inf)
+        return (losses.wide(scores).softmax(-1).to(values.dtype) @ values[:, :, :slots]).flatten(1, 2)
+
+    return decoder.lm_head(decoder.model(tokens, positions, attend))
+
+
+def pick(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(B, V) logits and (B,) random numbers in [0, 1) -> a token of each row and its log-prob, by the inverse of the cumulative
+    distribution: one random number a token."""
+    logits = losses.wide(logits)
+    logps = (logits / (sampling.temperature or 1)).log_softmax(-1)
+    if sampling.temperature:
+        total = truncated(logps, sampling).exp().cumsum(-1)
+        below = total[:, -1:].nextafter(total.new_zeros(()))  # the product may be rounded up to the whole
+        token = torch.searchsorted(total, (uniform[:, None].to(total) * total[:, -1:]).minimum(below), right=True)[:, 0]
+    else:
+        token = logits.argmax(-1)
+    return token, logps.gather(1, token[:, None])[:, 0]
+
+
+def truncated(logps: Tensor, sampling: Sampling) -> Tensor:
+    """(B, V) log-probs with -inf for what top-k, top-p and min-p leave out; the most likely token always stays."""
+    if 0 < sampling.top_k < logps.shape[1]:
+        logps = logps.masked_fill(logps < logps.topk(sampling.top_k).values[:, -1:], -torch.inf)
+    if sampling.top_p < 1:
+        p, order = logps.softmax(-1).sort(descending=True)
+        beyond = p.cumsum(-1) - p >= sampling.top_p
+        logps = logps.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+    if sampling.min_p > 0:
+        logps = logps.masked_fill(logps < logps.max(-1, keepdim=True).values + math.log(sampling.min_p), -torch.inf)
+    return logps
+
+
+def _look(tokens, lengths, ended, alive, seen, strings, text, watch) -> Tensor:
+    """The host's look at rows that are not done: where a string ended one, its length is set. (B,): did one?"""
+    found = torch.zeros(len(alive), dtype=torch.bool)
+    for place, (row, length) in enumerate(zip(alive.tolist(), lengths[alive].tolist())):
+        ids = tokens[row, :min(seen, length)].tolist()
+        holds = lambda end: any(string in text(ids[:end]) for string in strings)
+        if strings and holds(len(ids)):
+            lengths[row], ended[row], found[place] = next(end for end in range(1, len(ids) + 1) if holds(end)), True, True
+            ids = ids[:lengths[row]]
+        if watch:
+            watch(row, ids)
+    return found.to(tokens.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From rewards to advantages: (scores (R,), KL penalty (R, L), values (R, L) or None, action mask (R, L), n, gamma, lam) ->
+# advantages and returns (R, L)
+
+
+def at_end(scores: Tensor, mask: Tensor) -> Tensor:
+    """(R,) at each response's last action token, (R, L)."""
+    return torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device).scatter(1, mask.sum(1, keepdim=True) - 1, scores[:, None])
+
+
+def by_gae(scores, penalty, values, mask, n, gamma, lam):
+    advantages, returns = losses.gae(penalty + at_end(scores, mask), values, mask, gamma, lam)
+    return losses.whiten(advantages, mask), returns
+
+
+def by_return(scores, penalty, values, mask, n, gamma, lam):
+    returns = losses.discounted(penalty + at_end(scores, mask), mask, gamma)
+    return losses.whiten(returns, mask), returns
+
+
+def by_centered_return(scores, penalty, values, mask, n, gamma, lam):
+    return by_return(losses.group_center(scores.view(-1, n)).flatten(), penalty, values, mask, n, gamma, lam)
+
+
+def by_group(weigh: Callable) -> Callable:
+    """One advantage for all tokens of a response: weigh(total rewards (G, n))."""
+    def advantages(scores, penalty, values, mask, n, gamma, lam):
+        totals = scores + penalty.sum(1)
+        return torch.where(mask, weigh(totals.view(-1, n)).view(-1, 1), 0), losses.discounted(penalty + at_end(scores, mask), mask, gamma)
+    return advantages
+
+
+ADVANTAGES = {"gae": by_gae, "reinforce": by_return, "reinforce_baseline": by_centered_return, "rloo": by_group(losses.rloo),
+              "group_norm": by_group(losses.group_norm), "group_center": by_group(losses.group_center)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollouts
+
+
+COLUMNS = ("old_log_probs", "rollout_log_probs", "reference_log_probs", "old_values", "advantages", "returns")
+
+
+class Group(NamedTuple):
+    """A prompt and its answers."""
+    example: int  # of the dataset of prompts
+    answers: list[Answer]
+    rewards: list[float]  # nan: it could not be had
+
+
+class Rollout(NamedTuple):
+    """Answers to the prompts of the next few steps, the same on every rank."""
+    groups: list[Group]
+    dataset: data.Dataset  # an example is a prompt with its answers, or with as many of them as a stream holds
+    pieces: list  # of each group, its examples
+    columns: dict[str, Tensor]  # of every action token, in the dataset's order
+    metrics: dict[str, float]
+
+
+def written(tokenizer: data.Tokenizer, answer: Answer) -> str:
+    """The text of an answer, without the token that ended it."""
+    return tokenizer.decode(answer.ids[:-1] if answer.ids[-1] in tokenizer.stops else answer.ids)
+
+
+def answered(e: data.Example, answers: list[Answer]) -> data.Example:
+    """A prompt with answers as its responses."""
+    ids = [np.array(answer.ids, np.int32) for answer in answers]
+    return e._replace(responses=ids, scored=[np.ones(len(i), bool) for i in ids], demonstrated=[False] * len(ids))
+
+
+class Rollouts:
+    """The steps of a run whose rows are prompts: every few of them, new answers of the policy as it is then."""
+    provides = frozenset(COLUMNS)
+
+    def __init__(self, run, folder_of: Callable):
+        cfg = self.cfg = run.cfg
+        if cfg.reward is None:
+            raise ValueError("rollouts need reward: a function (prompt, completion, row) -> number in the config file, or the folder "
+                             "of a reward model")
+        if not hasattr(run.decoder, "lm_head"):
+            raise ValueError(f"{'+'.join(cfg.weights)} trains a critic and no policy; expected both, as in objective = "
+                             f"{{'ppo': 1.0, 'value': 0.5}}")
+        if cfg.temperature == 0:
+            raise ValueError("temperature = 0 answers a prompt in one way only; rollouts draw theirs: set it above 0")
+        self.machine, self.decoder, self.tokenizer, self.layout = run.machine, run.decoder, run.tokenizer, run.layout
+        self.prompts, self.size = run.datasets["train"], cfg.rollout_prompts or cfg.batch_size
+        if self.size % cfg.batch_size:
+            raise ValueError(f"rollout_prompts = {self.size} are no whole number of steps of batch_size = {cfg.batch_size}")
+        if cfg.advantages == "gae" and "values" not in run.streams:
+            raise ValueError("advantages = 'gae' needs a critic: objective = {..., 'value': 0.5}; or name other advantages: "
+                             f"{', '.join(name for name in ADVANTAGES if name != 'gae')}")
+        if cfg.samples_per_prompt < 2 and cfg.advantages not in ("gae", "reinforce"):
+            raise ValueError(f"advantages = {cfg.advantages!r} compare the answers to one prompt; set samples_per_prompt above 1")
+        self.minibatches = self.size // cfg.batch_size
+        self.steps = self.minibatches * cfg.rollout_epochs  # of a rollout
+        self.per_epoch = -(-len(self.prompts) // self.size) * self.steps
+        self.rewards = reward.rewards(cfg, run.machine, run.tokenizer, folder_of)
+        self.outputs = ["log_probs", *["values"] * ("values" in run.streams)]
+        self.reference = run.reference() if cfg.kl_coef or "reference_log_probs" in run.streams else None
+        for decoder in [self.decoder] + [self.reference] * bool(self.reference):
+            decoder.temperature = cfg.temperature
+        if cfg.top_k or cfg.top_p < 1 or cfg.min_p:
+            print("top_k, top_p and min_p: answers are drawn from a part of the distribution whose log-probs the losses take, so "
+                  "that even the first step is off-policy; correction = 'tis' weighs that") if run.machine.rank == 0 else None
+        self.sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p)
+        self.sampler = self.decoder if run.machine.dtype in (torch.float32, torch.float64) else None
+        self.drawn, self.kl_coef, self.now = 0, cfg.kl_coef, None  # prompts drawn so far
+
+    @staticmethod
+    def stream_length(datasets: dict, cfg) -> int:
+        return data.stream_length([datasets["train"]], cfg.batch_size, cfg.micro_batch_tokens, cfg.samples_per_prompt,
+                                  cfg.max_new_tokens)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return self.now.metrics
+
+    def rows(self, step: int) -> tuple[data.Dataset, np.ndarray]:
+        """The examples of a step, counted from 0. At the first one of a rollout, the answers are made."""
+        nth = step % self.steps
+        if nth == 0:
+            self.now = self.make()
+        epoch, minibatch = divmod(nth, self.minibatches)
+        order = np.random.default_rng((self.cfg.seed, self.drawn, epoch)).permutation(len(self.now.groups))
+        mine = np.array_split(order, self.minibatches)[minibatch]
+        return self.now.dataset, np.concatenate([self.now.pieces[i] for i in mine])
+
+    def add(self, batches: list[dict], epoch: int):
+        """A source of columns."""
+        for batch in batches:
+            batch.update({name: column[batch["scored_index"]] for name, column in self.now.columns.items()})
+
+    def make(self) -> Rollout:
+        cfg, drawn, clock, begin = self.cfg, [], Counter(), time.perf_counter()
+        for _ in range(1 + cfg.filter_rounds):
+            drawn += self.draw(range(self.drawn + len(drawn), self.drawn + len(drawn) + self.size), clock)
+            valid = [g for g in drawn if not any(map(math.isnan, g.rewards))]
+            kept = [g for g in valid if not cfg.filter_groups or max(g.rewards) > min(g.rewards)]
+            if len(kept) >= self.size:
+                break
+        if not valid:
+            raise ValueError(f"none of the {len(drawn)} prompts of a rollout has rewards for all of its answers")
+        rest = [g for g in valid if cfg.filter_groups and max(g.rewards) == min(g.rewards)]
+        groups = [*kept, *rest[:max(0, self.minibatches - len(kept))]][:self.size]  # a step wants at least one
+        if len(groups) < self.minibatches:
+            raise ValueError(f"{len(groups)} of {len(drawn)} prompts of a rollout have rewards, and it is trained in "
+                             f"{self.minibatches} steps")
+        every = [x for g in valid for x in g.rewards]
+        metrics = {"reward": float(np.mean(every)), "reward/std": float(np.std(every)), "rollout/skipped": len(drawn) - len(valid),
+                   "rollout/kept": len(kept) / len(valid)}
+        self.drawn += len(drawn)
+        made = self.assemble(groups)._replace(metrics=metrics)
+        return self.with_columns(made, clock, begin)
+
+    def draw(self, places: range, clock: Counter) -> list[Group]:
+        """The prompts at these places of the run, each rank's share answered and rewarded there, then all of them on every rank."""
+        cfg, machine, begin = self.cfg, self.machine, time.perf_counter()
+        orders = {epoch: data.step_rows(self.prompts, epoch, len(self.prompts), cfg.seed)
+                  for epoch in {place // len(self.prompts) for place in places}}
+        chosen = [int(orders[place // len(self.prompts)][place % len(self.prompts)]) for place in places]
+        mine = slice(machine.rank, None, machine.world)
+        self.sampler = copied(self.decoder, self.sampler, machine.dtype)
+        examples, shared = [self.prompts.examples[i] for i in chosen[mine]], {}
+        answers = generate(self.sampler, [e.prompt.tolist() for e in examples], max_new_tokens=cfg.max_new_tokens,
+                           stop=self.tokenizer.stops, n=cfg.samples_per_prompt, sampling=self.sampling,
+                           keys=[(cfg.seed, place) for place in places[mine]], strings=cfg.stop, text=self.tokenizer.decode,
+                           batch=cfg.rollout_batch, compiled=machine.compiled)
+        generated = time.perf_counter()
+        said = self.rewards([answered(e, a) for e, a in zip(examples, answers)],
+                            [[written(self.tokenizer, a) for a in some] for some in answers])
+        clock["generate"] += generated - begin
+        clock["reward"] += time.perf_counter() - generated
+        return self.share(chosen, answers, said)
+
+    def share(self, chosen: list[int], answers: list[list[Answer]], said: reward.Said) -> list[Group]:
+        """Every rank's answers and rewards -> the groups of all, in the order of `chosen`."""
+        flat, rewards = [a for some in answers for a in some], [x for some in said for x in some]
+        wrong = [x for x in rewards if isinstance(x, str)]
+        columns = {"length": [len(a.ids) for a in flat], "ended": [a.ended for a in flat], "ids": [i for a in flat for i in a.ids],
+                   "log_probs": [x for a in flat for x in a.log_probs], "wrong": list("".join(wrong[:1]).encode()),
+                   "rewards": [math.nan if isinstance(x, str) else x for x in rewards]}
+        ranks = {name: [part.tolist() for part in self.machine.gather(torch.tensor(
+            column, dtype=torch.float64 if name in ("log_probs", "rewards") else torch.int64, device=self.machine.device))]
+            for name, column in columns.items()}
+        wrong = [bytes(message).decode(errors="replace") for message in ranks["wrong"] if message]
+        if wrong and self.cfg.bad_rewards == "error":
+            raise ValueError(f"{wrong[0]}; bad_rewards = 'skip' leaves such prompts out")
+        n, found = self.cfg.samples_per_prompt, []
+        for rank in range(self.machine.world):
+            ids, logps = iter(ranks["ids"][rank]), iter(ranks["log_probs"][rank])
+            found.append([Answer(list(itertools.islice(ids, length)), list(itertools.islice(logps, length)), bool(ended))
+                          for length, ended in zip(ranks["length"][rank], ranks["ended"][rank])])
+        groups = []
+        for i, example in enumerate(chosen):
+            nth, rank = divmod(i, self.machine.world)
+            mine = slice(nth * n, nth * n + n)
+            groups.append(Group(example, found[rank][mine], ranks["rewards"][rank][mine]))
+        return groups
+
+    def assemble(self, groups: list[Group]) -> Rollout:
+        """Groups as examples that fit into a stream: where the answers to a prompt do not, it is there more than once."""
+        examples, pieces = [], []
+        for g in groups:
+            e = self.prompts.examples[g.example]
+            hold = max(1, (self.layout.tokens - len(e.prompt)) // self.cfg.max_new_tokens)
+            parts = [answered(e, g.answers[i:i + hold]) for i in range(0, len(g.answers), hold)]
+            pieces.append(np.arange(len(examples), len(examples) + len(parts)))
+            examples += parts
+        return Rollout(groups, data.as_dataset(examples, Counter()), pieces, {}, {})
+
+    def with_columns(self, made: Rollout, clock: Counter, begin: float) -> Rollout:
+        """The log-probs and values of the policy before its update, the reference's log-probs, and what follows from rewards."""
+        cfg, forward = self.cfg, time.perf_counter()
+
+        def of(batch):
+            streams = self.decoder(batch, self.outputs)
+            columns = {f"old_{name}": streams[name] for name in self.outputs}
+            if self.reference:
+                columns["reference_log_probs"] = self.reference(batch, ["log_probs"])["log_probs"]
+            return columns
+        columns = reference.sweep(of, made.dataset, self.layout, self.machine)
+        old = columns["old_log_probs"]
+        answers = [answer for g in made.groups for answer in g.answers]
+        tensor = lambda values: torch.tensor(values, dtype=old.dtype, device=old.device)
+        columns["rollout_log_probs"] = tensor([x for answer in answers for x in answer.log_probs])
+        lengths = [len(answer.ids) for answer in answers]
+        size, ended = torch.tensor(lengths, device=old.device), torch.tensor([answer.ended for answer in answers], device=old.device)
+        table = lambda column: pad_sequence(column.split(lengths), batch_first=True)  # (R, L)
+        mask = torch.arange(max(lengths), device=old.device) < size[:, None]
+
+        scores = tensor([x for g in made.groups for x in g.rewards])
+        scores = scores.clamp(-cfg.reward_clip, cfg.reward_clip) if cfg.reward_clip else scores
+        scores = scores - cfg.missing_eos_penalty * (~ended).to(old)
+        if cfg.overlong_buffer:  # DAPO, arXiv:2503.14476 eq. 13
+            over = (size - (cfg.max_new_tokens - cfg.overlong_buffer)).clamp(min=0).to(old) / cfg.overlong_buffer
+            scores = scores - cfg.overlong_penalty * over
+        kl = losses.kl_estimate(table(old), table(columns["reference_log_probs"]), mask) if self.reference else torch.zeros_like(table(old))
+        values = table(columns["old_values"]) if "old_values" in columns else None
+        advantages, returns = ADVANTAGES[cfg.advantages](scores, -self.kl_coef * kl, values, mask, cfg.samples_per_prompt, cfg.gamma, cfg.lam)
+        columns |= {"advantages": advantages[mask], "returns": returns[mask]}
+
+        now = time.perf_counter()
+        metrics = {**made.metrics, "entropy": -old.mean().item(), "response_length": size.double().mean().item(),
+                   "ended": ended.double().mean().item(), "rollout/seconds": now - begin, "rollout/generate_seconds": clock["generate"],
+                   "rollout/reward_seconds": clock["reward"], "rollout/forward_seconds": now - forward,
+                   "rollout/tokens_per_second": len(old) / max(clock["generate"], 1e-9)}
+        if values is not None:
+            metrics["value/explained_variance"] = 1 - ((columns["returns"] - columns["old_values"]).var(correction=0)
+                                                       / columns["returns"].var(correction=0).clamp(min=1e-12)).item()
+        if self.reference:
+            metrics |= {"kl": kl[mask].mean().item(), "kl_coef": self.kl_coef}
+            if cfg.kl_target:  # Ziegler et al., arXiv:1909.08593 section 2.2
+                error = min(max(metrics["kl"] / cfg.kl_target - 1, -0.2), 0.2)
+                self.kl_coef *= 1 + error * self.size * cfg.samples_per_prompt / cfg.kl_horizon
+        return made._replace(columns=columns, metrics=metrics)
+
+    def save(self, folder: Path, step: int) -> dict:
+        """What carries over steps; in the middle of a rollout, the rollout too."""
+        if step % self.steps:
+            answers = [answer for g in self.now.groups for answer in g.answers]
+            save_file({**self.now.columns, "example": torch.tensor([g.example for g in self.now.groups]),
+                       "length": torch.tensor([len(a.ids) for a in answers]), "ended": torch.tensor([a.ended for a in answers]),
+                       "ids": torch.tensor([i for a in answers for i in a.ids])}, folder / "rollout.safetensors")
+        return {"drawn": self.drawn, "kl_coef": self.kl_coef, "metrics": self.now.metrics if self.now else {}}
+
+    def restore(self, folder: Path, step: int, state: dict):
+        self.drawn, self.kl_coef = state["drawn"], state["kl_coef"]
+        if step % self.steps:
+            saved = load_file(folder / "rollout.safetensors")
+            lengths, n = saved.pop("length").tolist(), self.cfg.samples_per_prompt
+            answers = [Answer(ids.tolist(), [], bool(ended))
+                       for ids, ended in zip(saved.pop("ids").split(lengths), saved.pop("ended"))]
+            groups = [Group(example, answers[i * n:(i + 1) * n], []) for i, example in enumerate(saved.pop("example").tolist())]
+            self.now = self.assemble(groups)._replace(metrics=state["metrics"], columns={
+                name: column.to(self.machine.device) for name, column in saved.items()})
+
+
+def copied(decoder, sampler, dtype: torch.dtype):
+    """The decoder itself where it computes in its weights' dtype; else a copy of its language model in the lower one."""
+    if sampler is decoder:
+        return decoder
+    if sampler is None:
+        with torch.device(decoder.lm_head.weight.device):
+            sampler = model.Decoder(decoder.config).to(dtype).requires_grad_(False)
+    weights = dict(decoder.named_parameters())
+    with torch.no_grad():
+        for name, parameter in sampler.named_parameters():
+            parameter.copy_(weights[name])
+    return sampler

@@ -95,12 +95,14 @@ def train(cfg):
     if out.exists() and any(out.iterdir()) and not cfg.resume:
         raise ValueError(f"out_dir {cfg.out_dir} is not empty; go on with --resume, name another --out_dir, or remove it")
     terms, kind = config.terms(cfg, machine.compiled), config.data_kind(cfg)
-    missing = losses.streams(terms) - model.HEADS.keys() - SOURCES.keys() - losses.RUNNING.keys()
-    if missing or kind not in data.FORMATS.keys() - {"prompts", "steps"}:  # which hold nothing to train
-        raise ValueError(f"objective {'+'.join(cfg.weights)}: a run cannot train it yet, nothing provides "
-                         f"{', '.join(sorted(missing)) or kind + ' rows'}; on tensors it works, see losses.py")
-    start_from, teacher = (run_stage(path, cfg, machine, say) if path.endswith(".py") else path
-                           for path in (cfg.init_from, cfg.teacher))
+    supply_of = SUPPLIES.get(kind, Rows)
+    missing = losses.streams(terms) - model.HEADS.keys() - SOURCES.keys() - losses.RUNNING.keys() - supply_of.provides
+    if missing:
+        raise ValueError(f"objective {'+'.join(cfg.weights)}: a run cannot train it, nothing provides "
+                         f"{', '.join(sorted(missing))}; on tensors it works, see losses.py")
+    folders = {name: run_stage(name, cfg, machine, say) for name in config.models(cfg) if name.endswith(".py")}
+    folder_of = lambda name: folders.get(name, name)
+    start_from, teacher = folder_of(cfg.init_from), folder_of(cfg.teacher)
     if machine.compiled:
         torch.compiler.reset()  # a stage before this one had shapes of its own
     machine.barrier()
@@ -109,24 +111,32 @@ def train(cfg):
     tokenizer_folder = Path(cfg.tokenizer) if cfg.tokenizer else model.find_folder(start_from)
     tokenizer = data.Tokenizer(tokenizer_folder, cfg.chat_template)
     outputs = sorted(losses.streams(terms) & model.HEADS.keys())  # of the model; what else losses read are columns
-    decoder, saved_dtype = load_model(cfg, machine, start_from, tokenizer, outputs)
+    apart = {"values"} if cfg.critic else set()  # what another model beside the policy says
+    decoder, saved_dtype = model.load_model(cfg, machine, start_from, tokenizer, sorted({*outputs} - apart))
+    if cfg.critic:
+        decoder.critic = model.load_model(cfg, machine, folder_of(cfg.critic), tokenizer, ["reward"])[0]
     datasets = {split: data.load(paths, kind, tokenizer, cfg, machine.rank == 0)
                 for split, paths in (("train", cfg.train_data), ("eval", cfg.eval_data)) if paths}
+    prompts = datasets.pop("eval", None) if kind == "prompts" else None
     for split, dataset in datasets.items():
         say(f"{split} rows: " + ", ".join(f"{dataset.counts[name]:,} {name}" for name in data.COUNTS))
-        check_lengths(decoder, dataset)
+        model.check_lengths(decoder, dataset, cfg.max_new_tokens)
     if "train" not in datasets:
         raise ValueError("train_data is empty; name the files to train on")
-    if cfg.eval_prompts and not cfg.check:
+    if cfg.eval_prompts and not (cfg.check or cfg.reward):
         raise ValueError("eval_prompts need check, a function (prompt, completion, row) -> bool in the config file")
     if cfg.eval_prompts and "lm_head" not in model.modules(outputs):
         raise ValueError(f"eval_prompts are answered by a language model, and {'+'.join(cfg.weights)} trains one without its head")
-    prompts = data.load(cfg.eval_prompts, "prompts", tokenizer, cfg, False) if cfg.eval_prompts else None
-    layout = machine.layout(data.stream_length(list(datasets.values()), cfg.batch_size, cfg.micro_batch_tokens), decoder)
+    prompts = data.load(cfg.eval_prompts, "prompts", tokenizer, cfg, False) if cfg.eval_prompts else prompts
+    if prompts:
+        model.check_lengths(decoder, prompts, cfg.max_new_tokens)
+    layout = machine.layout(supply_of.stream_length(datasets, cfg), decoder)
 
-    # The columns that sources add to each step: split -> (batches, epoch) -> None
+    # Where steps come from, and the columns that sources add to each: split -> (batches, epoch) -> None
     run = Run(cfg, machine, decoder, tokenizer, start_from, teacher, datasets, layout, losses.streams(terms))
-    sources = [make(run) for make in dict.fromkeys(SOURCES[name] for name in sorted(run.streams & SOURCES.keys()))]
+    supply = supply_of(run, folder_of)
+    wanted = (run.streams & SOURCES.keys()) - supply.provides
+    sources = [{"train": supply.add}, *[make(run) for make in dict.fromkeys(SOURCES[name] for name in sorted(wanted))]]
     running = {name: torch.zeros(2, dtype=torch.float64, device=machine.device)  # sum and count of a metric over all steps
                for name in sorted(losses.streams(terms) & losses.RUNNING.keys())}
     sources.append(dict.fromkeys(datasets, running_source(running)))
@@ -134,18 +144,21 @@ def train(cfg):
         sources.append(dict.fromkeys(datasets, step_source(decoder, terms, outputs, machine)))
 
     # Optimizer and resume
-    decoder.model.checkpointing = cfg.activation_checkpointing
+    for trunk in [module for module in decoder.modules() if isinstance(module, model.Trunk)]:
+        trunk.checkpointing = cfg.activation_checkpointing
     wrapped = decoder if machine.world == 1 else DistributedDataParallel(
         decoder, device_ids=[torch.cuda.current_device()] if machine.device == "cuda" else None,
         gradient_as_bucket_view=True, broadcast_buffers=False)
-    parameters = [p for p in decoder.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": cfg.weight_decay},
-         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}], lr=cfg.lr, betas=cfg.betas, fused=True)
+    named = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
+    critics = {name for name in named if name.split(".")[0] in model.CRITIC}
+    parameters, policy = [*named.values()], [p for name, p in named.items() if name not in critics]
+    groups = [{"params": [p for name, p in named.items() if (name in critics, p.dim() > 1) == (of_critic, matrix)],
+               "weight_decay": cfg.weight_decay * matrix, "scale": (cfg.critic_lr / cfg.lr if of_critic and cfg.critic_lr else 1.0)}
+              for of_critic in (False, True) for matrix in (False, True)]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, fused=True)
     scaler = torch.amp.GradScaler(machine.device, enabled=machine.dtype == torch.float16)
-    per_epoch = data.steps_per_epoch(datasets["train"], cfg.batch_size)
-    steps = cfg.max_steps or math.ceil(cfg.epochs * per_epoch)
-    done = resume(out, decoder, optimizer, scaler, running, machine, say) if cfg.resume else 0
+    steps = cfg.max_steps or math.ceil(cfg.epochs * supply.per_epoch)
+    done = resume(out, decoder, optimizer, scaler, running, supply, machine, say) if cfg.resume else 0
 
     predicted = [name for name in losses.PREDICTED if any(name in term.reads for term in terms)]
 
@@ -161,7 +174,7 @@ def train(cfg):
                 scores = torch.zeros(int(dataset.pair_offsets[-1]), len(predicted), dtype=torch.float64, device=machine.device)
                 for rows in data.in_order(dataset):
                     batches, _ = data.micro_batches(dataset, rows, layout, machine.rank, machine.world)
-                    for source in sources:
+                    for source in sources[1:]:
                         source["eval"](batches, 0)
                     for batch in batches:
                         streams = decoder(batch, outputs)
@@ -172,7 +185,7 @@ def train(cfg):
                 metrics |= meter.read(machine)
                 write_predictions(out, machine.sum(scores), predicted, decoder, machine)
             if prompts:
-                metrics["exact_match"] = exact_match(decoder, tokenizer, prompts, cfg, machine)
+                metrics |= judge(decoder, tokenizer, prompts, supply.rewards, cfg, machine)
         return write_line({"step": step, "split": "eval", **metrics, "seconds": time.perf_counter() - begin})
 
     def write_line(line: dict) -> dict:
@@ -181,6 +194,9 @@ def train(cfg):
             with open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(finite) + "\n")
         return line
+
+    def save(step: int):
+        save_checkpoint(out, step, decoder, optimizer, scaler, running, supply, cfg, machine)
 
     # The loop
     if machine.rank == 0:
@@ -194,10 +210,16 @@ def train(cfg):
         torch.cuda.reset_peak_memory_stats()
     begin, since, tokens = time.perf_counter(), 0, 0  # of the steps since the last line
     for step in range(done + 1, steps + 1):  # its number is that of the steps done when it ends
-        rows = data.step_rows(datasets["train"], step - 1, cfg.batch_size, cfg.seed)
-        batches, counts = data.micro_batches(datasets["train"], rows, layout, machine.rank, machine.world)
+        pause = time.perf_counter()
+        try:
+            dataset, rows = supply.rows(step - 1)
+        except ValueError:  # a reward's: nothing of the run is lost
+            save(step - 1)
+            raise
+        begin += time.perf_counter() - pause
+        batches, counts = data.micro_batches(dataset, rows, layout, machine.rank, machine.world)
         for source in sources:
-            source["train"](batches, (step - 1) // per_epoch)
+            source["train"](batches, (step - 1) // supply.per_epoch)
         meter = Meter()
         for i, batch in enumerate(batches):
             waits = machine.world > 1 and i < len(batches) - 1  # gradients are reduced with the last one
@@ -210,7 +232,9 @@ def train(cfg):
         add_step(running, meter, machine)
         lr = learning_rate(cfg, step - 1, steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
+        for parameter in policy if step <= cfg.critic_warmup else ():
+            parameter.grad = None  # the optimizer passes it by
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
         scaler.step(optimizer)
@@ -223,7 +247,7 @@ def train(cfg):
             metrics = meter.read(machine)  # waits for the device
             seconds = (time.perf_counter() - begin) / since
             line = write_line({
-                "step": step, "split": "train", **metrics, "grad_norm": grad_norm.item(), "lr": lr,
+                "step": step, "split": "train", **supply.metrics, **metrics, "grad_norm": grad_norm.item(), "lr": lr,
                 "tokens": counts["stream_tokens"], "tokens_per_second": tokens / since / seconds,
                 "seconds": seconds, "peak_memory_gb": peak_memory_gb(machine)})
             bar.set_postfix({"loss": f"{line['loss']:.4f}", **({show.split("/")[-1]: f"{line[show]:.3f}"} if show in line else {}),
@@ -233,7 +257,7 @@ def train(cfg):
         if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
             last = evaluate(step)
         if cfg.save_every and step % cfg.save_every == 0:
-            save_checkpoint(out, step, decoder, optimizer, scaler, running, cfg, machine)
+            save(step)
         begin += time.perf_counter() - pause
     bar.close()
 
@@ -273,38 +297,6 @@ def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
     return str(out / "model")
 
 
-def load_model(cfg, machine: Machine, name: str, tokenizer: data.Tokenizer, outputs: list[str]
-               ) -> tuple[model.Decoder, torch.dtype]:
-    """The model a run starts from, or its frozen reference, with the heads that make these outputs: one way for both, so that
-    they agree to the last bit."""
-    heads = model.modules(outputs, bool(cfg.reward_tokens))
-    if name == "scratch":
-        if not cfg.scratch or not cfg.tokenizer:
-            raise ValueError("init_from = 'scratch' needs scratch = {model_type, hidden_size, ...} and tokenizer = a folder")
-        tokens = {"vocab_size": tokenizer.fast.get_vocab_size(), "eos_token_id": tokenizer.eos, "bos_token_id": tokenizer.bos}
-        decoder, saved = model.scratch({**tokens, **cfg.scratch}, cfg.seed, heads), torch.float32
-    else:
-        decoder, saved = model.load(model.find_folder(name), heads, cfg.seed)
-    if "step_logits" in outputs:
-        decoder.config |= {"step_token": cfg.step_token, "reward_tokens": list(cfg.reward_tokens)}
-        decoder.reward_tokens = tuple(map(tokenizer.one, cfg.reward_tokens))
-    if decoder.shape.vocab_size < tokenizer.fast.get_vocab_size():
-        raise ValueError(f"{name}: {decoder.shape.vocab_size} embeddings, and {tokenizer.folder} has "
-                         f"{tokenizer.fast.get_vocab_size()} tokens")
-    decoder = decoder.to(machine.device, torch.float64 if machine.dtype == torch.float64 else torch.float32)
-    if machine.compiled:
-        decoder.compile_blocks()
-    return decoder, saved
-
-
-def check_lengths(decoder, dataset):
-    longest = max(dataset.examples, key=lambda e: len(e.prompt) + max(map(len, e.responses)))
-    length = len(longest.prompt) + max(map(len, longest.responses))
-    if length > decoder.shape.max_positions and decoder.shape.gpt2:
-        raise ValueError(f"{longest.where}: {length} tokens, and the model has {decoder.shape.max_positions} positions; "
-                         f"set max_length to at most that")
-
-
 class Run(NamedTuple):
     """What a source may want to know."""
     cfg: object
@@ -320,7 +312,7 @@ class Run(NamedTuple):
     def reference(self) -> model.Decoder:
         """From its own path, never from the live model: a resumed run has the same reference."""
         name = self.cfg.reference or self.start_from
-        return load_model(self.cfg, self.machine, name, self.tokenizer, ["log_probs"])[0].requires_grad_(False)
+        return model.load_model(self.cfg, self.machine, name, self.tokenizer, ["log_probs"])[0].requires_grad_(False)
 
     def precision(self) -> str:
         """What numbers depend on besides weights and rows."""
@@ -423,9 +415,9 @@ def teacher_source(run: Run) -> dict[str, Callable]:
     run.tokenizer.same_ids(data.Tokenizer(model.find_folder(run.teacher)))
 
     def frozen():
-        decoder = load_model(cfg, machine, run.teacher, run.tokenizer, ["logits"])[0].requires_grad_(False)
+        decoder = model.load_model(cfg, machine, run.teacher, run.tokenizer, ["logits"])[0].requires_grad_(False)
         for dataset in run.datasets.values():
-            check_lengths(decoder, dataset)
+            model.check_lengths(decoder, dataset)
         return decoder
 
     def live(decoder):
@@ -461,6 +453,35 @@ SOURCES = {"reference_log_probs": reference_source, "teacher_logits": teacher_so
            "reference_KL_logps": mismatched_source}  # column that a loss reads -> what adds it to the batches of a step
 
 
+class Rows:
+    """The steps of a run on fixed rows."""
+    provides, metrics, rewards = frozenset(), {}, None
+
+    def __init__(self, run: Run, folder_of: Callable):
+        self.dataset, self.size, self.seed = run.datasets["train"], run.cfg.batch_size, run.cfg.seed
+        self.per_epoch = data.steps_per_epoch(self.dataset, self.size)
+
+    @staticmethod
+    def stream_length(datasets: dict, cfg) -> int:
+        return data.stream_length(list(datasets.values()), cfg.batch_size, cfg.micro_batch_tokens)
+
+    def rows(self, step: int):
+        """The dataset and the examples of a step, counted from 0."""
+        return self.dataset, data.step_rows(self.dataset, step, self.size, self.seed)
+
+    def add(self, batches: list[dict], epoch: int):
+        """No columns."""
+
+    def save(self, folder: Path, step: int) -> dict:
+        return {}
+
+    def restore(self, folder: Path, step: int, state: dict):
+        """Rows are f(seed, step)."""
+
+
+SUPPLIES = {"prompts": rollout.Rollouts}  # kind of rows -> where the steps of a run come from, if not from the rows themselves
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers
 
@@ -493,12 +514,21 @@ def learning_rate(cfg, step: int, steps: int) -> float:
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * shape
 
 
-def exact_match(decoder, tokenizer, prompts, cfg, machine: Machine) -> float:
-    """Share of prompts whose greedy answer passes cfg.check."""
+def judge(decoder, tokenizer, prompts, rewards, cfg, machine: Machine) -> dict[str, float]:
+    """Greedy answers to prompts: the share that passes cfg.check, and their mean reward."""
     mine = prompts.examples[machine.rank::machine.world]
-    answers = rollout.generate(decoder, [e.prompt.tolist() for e in mine], max_new_tokens=cfg.max_new_tokens, stop={tokenizer.eos})
-    right = sum(bool(cfg.check(e.row["prompt"], tokenizer.decode(answer), e.row)) for e, answer in zip(mine, answers))
-    return machine.sum(torch.tensor(float(right), device=machine.device)).item() / len(prompts)
+    answers = rollout.generate(decoder, [e.prompt.tolist() for e in mine], max_new_tokens=cfg.max_new_tokens, stop=tokenizer.stops,
+                               strings=cfg.stop, text=tokenizer.decode)
+    texts, sums = [rollout.written(tokenizer, answer) for (answer,) in answers], {}
+    if cfg.check:
+        sums["exact_match"] = sum(bool(cfg.check(e.row["prompt"], text, e.row)) for e, text in zip(mine, texts))
+    if rewards:
+        said = rewards([rollout.answered(e, some) for e, some in zip(mine, answers)], [[text] for text in texts])
+        wrong = [value for (value,) in said if isinstance(value, str)]
+        if machine.sum(torch.tensor(float(len(wrong)), device=machine.device)):
+            raise ValueError(wrong[0] if wrong else "a reward failed on another rank")
+        sums["reward"] = sum(value for (value,) in said)
+    return dict(zip(sums, (machine.sum(torch.tensor([*map(float, sums.values())], device=machine.device)) / len(prompts)).tolist()))
 
 
 REWARD = ("reward_mean", "reward_std")  # of the eval rows, in the config.json of a reward model
@@ -572,8 +602,8 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
-def save_checkpoint(out: Path, step: int, decoder, optimizer, scaler, running: dict, cfg, machine: Machine):
-    """Master weights, optimizer state and what carries between steps. Rows need no state: they are f(seed, step)."""
+def save_checkpoint(out: Path, step: int, decoder, optimizer, scaler, running: dict, supply, cfg, machine: Machine):
+    """Master weights, optimizer state and what carries between steps. Fixed rows need no state: they are f(seed, step)."""
     if machine.rank == 0:
         def write(folder):
             weights = dict(decoder.named_parameters())
@@ -581,7 +611,7 @@ def save_checkpoint(out: Path, step: int, decoder, optimizer, scaler, running: d
             save_file({f"{n}.{key}": value for n, p in weights.items() for key, value in optimizer.state[p].items()},
                       folder / "optimizer.safetensors")
             write_json(folder / "state.json", {"step": step, "world_size": machine.world, "scaler": scaler.state_dict(),
-                                               "running": {name: pair.tolist() for name, pair in running.items()},
+                                               "supply": supply.save(folder, step), "running": {name: pair.tolist() for name, pair in running.items()},
                                                "reward": {k: v for k, v in decoder.config.items() if k in REWARD},
                                                "config": config.as_json(cfg)})
         publish(out / f"checkpoint-{step}", write)
@@ -590,7 +620,7 @@ def save_checkpoint(out: Path, step: int, decoder, optimizer, scaler, running: d
     machine.barrier()
 
 
-def resume(out: Path, decoder, optimizer, scaler, running: dict, machine: Machine, say: Callable) -> int:
+def resume(out: Path, decoder, optimizer, scaler, running: dict, supply, machine: Machine, say: Callable) -> int:
     """Put the newest checkpoint back; metrics past it are dropped. Returns the steps done."""
     found = checkpoints(out)
     machine.barrier()
@@ -606,7 +636,7 @@ def resume(out: Path, decoder, optimizer, scaler, running: dict, machine: Machin
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             parameter.copy_(weights[name])
-            if not parameter.requires_grad:
+            if f"{name}.step" not in moments:  # frozen, or of a policy whose critic has the first steps
                 continue
             optimizer.state[parameter] = {key: moments[f"{name}.{key}"].to(machine.device)
                                           for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -619,6 +649,7 @@ def resume(out: Path, decoder, optimizer, scaler, running: dict, machine: Machin
         pair.copy_(torch.tensor(state["running"][name], dtype=pair.dtype))
     if scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
+    supply.restore(folder, step, state["supply"])
     return step
 
 

@@ -27,15 +27,18 @@ def start(tmp_path, *arguments):
                           cwd=house(tmp_path), capture_output=True, text=True, env=dict(os.environ, PYTHONWARNINGS="error"))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+STAGES = {"kd.py": ("sft", ["teacher"]), "ppo_rm.py": ("rm", ["reward", "critic"])}  # config -> the stage and the keys that name it
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_runs_two_steps(name, tmp_path):
     """From a tiny new model, on arithmetic rows where the config wants a file that is not here."""
-    rows = [] if "smollm2" not in name else ["--train_data=tasks/arithmetic/pairs_eval.jsonl"]
-    if name == "kd.py":  # its teacher's stages are test_the_demo_learns
-        start(tmp_path, "--config", "configs/sft.py", f"--scratch={SMALL}", "--max_steps=1", "--out_dir=teacher", "--device=cpu", "--eval_prompts=")
-        rows = ["--teacher=teacher"]
+    rows = [f"--train_data=tasks/arithmetic/{file}_eval.jsonl" for part, file in (("smollm2_dpo", "pairs"), ("gsm8k", "problems")) if part in name]
+    if name in STAGES:  # what it would run first is test_the_demo_learns
+        stage, keys = STAGES[name]
+        start(tmp_path, "--config", f"configs/{stage}.py", "--init_from=scratch", f"--scratch={SMALL}", "--tokenizer=tasks/arithmetic",
+              "--max_steps=1", "--out_dir=stage", "--device=cpu", *["--eval_prompts="] * (stage == "sft"))
+        rows = [f"--{key}=stage" for key in keys]
     start(tmp_path, "--config", f"configs/{name}", "--init_from=scratch", f"--scratch={SMALL}", "--tokenizer=tasks/arithmetic",
           "--max_steps=2", "--out_dir=out", "--device=cpu", *rows)
     assert [line["step"] for line in lines(tmp_path / "out")] == [1, 2]

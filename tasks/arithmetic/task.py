@@ -37,6 +37,11 @@ def is_right(prompt: str, completion: str, row: dict) -> bool:
     return completion.rsplit("\n", 1)[-1] == row["answer"]
 
 
+def exact(prompt: str, completion: str, row: dict) -> float:
+    """A reward: 1 for the right sum, else 0."""
+    return float(is_right(prompt, completion, row))
+
+
 def problems(seed: int):
     """Distinct problems without end: splits taken from one stream share none."""
     rng, seen = random.Random(seed), set()
@@ -89,6 +94,7 @@ def main(folder: Path, seed: int = 0, demonstrations: int = 8000, pairs: int = 2
     write("problems_eval.jsonl", (problem() for _ in range(held_out)))
     write("steps.jsonl", (steps() for _ in range(2 * pairs)))
     write("steps_eval.jsonl", (steps() for _ in range(held_out)))
+    write("problems.jsonl", (problem() for _ in range(2 * pairs)))
     write_tokenizer(folder)
 
 

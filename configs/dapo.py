@@ -1,0 +1,12 @@
+"""Arithmetic in DAPO's way: a wider clip upwards, a mean over tokens, prompts that teach nothing replaced, long answers priced.
+
+    python train.py --config configs/dapo.py
+"""
+from configs.grpo import *
+
+clip_eps_low, clip_eps_high = 0.2, 0.28
+reduction = "token"
+rollout_prompts, rollout_epochs = 128, 2
+filter_groups, filter_rounds = True, 4
+overlong_buffer = 4
+out_dir = "out/dapo"

@@ -1,0 +1,23 @@
+"""Arithmetic GRPO from the SFT model: eight answers to a prompt, the right ones reinforced.
+
+    python train.py --config configs/grpo.py
+"""
+from tasks.arithmetic.task import exact, is_right
+
+objective = "ppo"  # the clipped loss; what makes it GRPO is where its advantages come from
+init_from = "configs/sft.py"
+train_data = "tasks/arithmetic/problems.jsonl"
+eval_prompts = "tasks/arithmetic/problems_eval.jsonl"
+check, reward = is_right, exact
+max_new_tokens = 16
+max_length = 64
+out_dir = "out/grpo"
+
+advantages = "group_norm"
+samples_per_prompt = 8
+reduction = "sequence"
+batch_size = 64  # prompts
+max_steps = 200
+lr = 5e-4
+warmup_steps = 10
+eval_every = 20

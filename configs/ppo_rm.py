@@ -1,0 +1,11 @@
+"""Arithmetic PPO against the trained reward model, with a critic of its own that starts from it.
+
+    python train.py --config configs/ppo_rm.py
+"""
+from configs.ppo import *
+
+reward = "configs/rm.py"
+critic = "configs/rm.py"
+critic_warmup = 8
+kl_coef = 0.05
+out_dir = "out/ppo_rm"

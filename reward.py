@@ -1,0 +1,217 @@
+"""What an answer is worth: a function of the config, a reward model, a process reward model, or a weighted sum of them.
+
+A reward takes examples whose responses are the answers, and the answers' texts, and gives a number for each, or says what
+went wrong with it: whoever asked decides whether that stops a run.
+"""
+import inspect
+import math
+import multiprocessing
+import runpy
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import torch
+from tqdm import tqdm
+
+import data
+import losses
+import model
+
+Said = list[list[float | str]]  # of each example, of each answer: its reward, or what went wrong
+
+
+def rewards(cfg, machine, tokenizer, folder_of: Callable) -> Callable:
+    """cfg.reward as (examples, texts) -> Said. folder_of(name): where the model is that the config names."""
+    terms = []
+    for what, weight in (cfg.reward if isinstance(cfg.reward, dict) else {cfg.reward: 1.0}).items():
+        if not (callable(what) or isinstance(what, str) and what) or type(weight) not in (int, float):
+            raise ValueError(f"reward = {cfg.reward!r}; expected a function, the folder or config of a reward model, or "
+                             f"{{either: weight}}")
+        give = by_function(what, cfg.reward_workers, cfg.reward_timeout) if callable(what) else by_model(
+            Scorer(folder_of(what), cfg, machine), tokenizer)
+        terms.append((weight, give))
+
+    def summed(examples: list[data.Example], texts: list[list[str]]) -> Said:
+        parts = [(weight, give(examples, texts)) for weight, give in terms]
+        return [[add([(weight, said[i][j]) for weight, said in parts]) for j in range(len(mine))] for i, mine in enumerate(texts)]
+    return summed
+
+
+def add(parts: list[tuple]) -> float | str:
+    wrong = [said for _, said in parts if isinstance(said, str)]
+    return wrong[0] if wrong else sum(weight * said for weight, said in parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions
+
+
+def by_function(function: Callable, workers: int = 0, timeout: float = 0.0) -> Callable:
+    """function(prompt, completion, row) -> number; or, where its first parameter is called `prompts`, lists of them -> a list.
+    workers: processes that call it; there, an answer that takes longer than timeout seconds (0: any) counts as failed."""
+    batched, name = next(iter(inspect.signature(function).parameters), "") == "prompts", getattr(function, "__name__", str(function))
+    if batched and workers:
+        raise ValueError(f"reward {name} takes lists of answers; reward_workers are for a function of one")
+    if timeout and not workers:
+        raise ValueError("reward_timeout needs reward_workers: a function that hangs here hangs the run")
+    calls = in_batch(function) if batched else Workers(function, workers, timeout) if workers else one_by_one(function)
+
+    def give(examples, texts):
+        results = calls([(e.row["prompt"], text, e.row) for e, mine in zip(examples, texts) for text in mine])
+        return [[number(next(results), f"{e.where}: reward {name}", text) for text in mine] for e, mine in zip(examples, texts)]
+    return give
+
+
+def number(result, where: str, text: str) -> float | str:
+    """A finite number, or a sentence about what is there in its place."""
+    said = f"{type(result).__name__}: {result}" if isinstance(result, BaseException) else f"returned {result!r:.80}, expected a number"
+    try:
+        value = math.nan if isinstance(result, (BaseException, str)) else float(result)
+    except (TypeError, ValueError):
+        value = math.nan
+    return value if math.isfinite(value) else f"{where}: {said}; for the completion {text[:80]!r}"
+
+
+def one_by_one(function: Callable) -> Callable:
+    def calls(asked: list[tuple]) -> Iterator:
+        for given in asked:
+            try:
+                yield function(*given)
+            except Exception as error:
+                yield error
+    return calls
+
+
+def in_batch(function: Callable) -> Callable:
+    def calls(asked: list[tuple]) -> Iterator:
+        try:
+            found = list(function(*map(list, zip(*asked))))
+            if len(found) != len(asked):
+                raise ValueError(f"{len(asked)} answers and {len(found)} rewards")
+        except Exception as error:
+            found = [error] * len(asked)
+        return iter(found)
+    return calls
+
+
+class Workers:
+    """Processes that call a function. One that hangs is ended with its whole pool, and another pool goes on behind it."""
+
+    def __init__(self, function: Callable, workers: int, timeout: float):
+        self.place = (inspect.getsourcefile(function), getattr(function, "__qualname__", "?"))
+        self.workers, self.timeout, self.pool = workers, timeout or None, None
+        if runpy.run_path(self.place[0]).get(self.place[1]) is None:
+            raise ValueError(f"reward_workers: {self.place[1]} is not at the top of {self.place[0]}, where a process can find it")
+
+    def __call__(self, asked: list[tuple]) -> Iterator:
+        results = None
+        for i in range(len(asked)):
+            if results is None:
+                self.pool = self.pool or multiprocessing.get_context("spawn").Pool(self.workers, begin, self.place)
+                self.pool.apply(ready)  # their imports take no answer's time
+                results = self.pool.imap(call, asked[i:])
+            try:
+                yield results.next(self.timeout)  # of the i-th: those before it are done
+            except multiprocessing.TimeoutError:
+                self.pool.terminate()
+                self.pool = results = None
+                yield TimeoutError(f"no answer within reward_timeout = {self.timeout:g} seconds")
+            except Exception as error:
+                yield error
+
+
+def begin(file: str, name: str):
+    """In a worker: the function, from its own file."""
+    global function
+    function = runpy.run_path(file)[name]
+
+
+def ready():
+    return True
+
+
+def call(given: tuple):
+    return function(*given)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+class Scorer:
+    """A model folder and what its heads say of the responses of an example."""
+
+    def __init__(self, name: str, cfg, machine):
+        self.name, self.machine, folder = name, machine, model.find_folder(name)
+        described = model.read_json(folder / "config.json")
+        self.cfg = types.SimpleNamespace(**{**vars(cfg), "step_token": described.get("step_token", cfg.step_token),
+                                            "reward_tokens": tuple(described.get("reward_tokens", ()))})
+        self.described, named = described, (described.get("architectures") or [""])[0]
+        kind = next(kind for kind in SAY if named.endswith(kind))
+        if not kind and model.has_score(folder):  # a value head beside a language model
+            kind = "ForSequenceClassification"
+        self.stream, self.say = SAY["ForTokenClassification" if self.cfg.reward_tokens else kind]
+        self.tokenizer = data.Tokenizer(folder, cfg.chat_template)
+        self.decoder = model.load_model(self.cfg, self.machine, name, self.tokenizer, [self.stream])[0].requires_grad_(False)
+
+    def scores(self, dataset: data.Dataset) -> list[dict]:
+        """Of each example, in order."""
+        model.check_lengths(self.decoder, dataset)
+        layout, found = self.machine.layout(data.stream_length([dataset], 64, 0), self.decoder), [None] * len(dataset)
+        for rows in tqdm(data.in_order(dataset, 64), desc="scoring", leave=False):
+            for batch in data.micro_batches(dataset, rows, layout)[0]:
+                with torch.no_grad(), self.machine.autocast():
+                    made = self.decoder(batch, [self.stream])[self.stream].double()
+                values = [[] for _ in range(batch["num_examples"])]
+                for of, value in zip(batch["example"].tolist(), self.say(batch, made)):
+                    values[of].append(value)
+                for index, row in zip(dict.fromkeys(batch["rows"].tolist()), values):
+                    found[index] = row
+        return found
+
+
+def logps_of(batch: dict, log_probs: torch.Tensor) -> list[dict]:
+    """Log-probs of each response, summed, and how many tokens they are."""
+    sums = losses.by_response(batch, log_probs).sum(-1).tolist()
+    return [{"logps": s, "tokens": n} for s, n in zip(sums, batch["lengths"].tolist())]
+
+
+def steps_of(batch: dict, logits: torch.Tensor) -> list[dict]:
+    """Of each response the probability of each step, that they are all good by three readings, and the first that is not."""
+    p, said = (logits[:, 1] - logits[:, 0]).sigmoid()[:batch["scored"]].split(batch["lengths"].tolist()), []
+    for steps in (part.tolist() for part in p):
+        wrong = next((i for i, q in enumerate(steps) if q < 0.5), None)
+        said.append({"steps": steps, "min": min(steps), "product": math.prod(steps), "last": steps[-1], "first_wrong": wrong})
+    return said
+
+
+SAY = {"ForSequenceClassification": ("reward", lambda batch, reward: reward.tolist()),
+       "ForTokenClassification": ("step_logits", steps_of),
+       "": ("log_probs", logps_of)}  # end of an architecture's name -> the stream that is read, and what is said of each response
+
+
+def in_steps(e: data.Example, texts: list[str], scorer: Scorer) -> data.Example:
+    """A prompt with answers whose lines are steps."""
+    if not isinstance(e.row["prompt"], str):
+        raise ValueError(f"{e.where}: a process reward model ranks answers to text prompts")
+    steps = [[data.Step(line, 0.0) for line in text.split("\n") if line] or [data.Step(" ", 0.0)] for text in texts]
+    draft = data.Draft(e.row["prompt"], steps, [False] * len(steps))
+    rendered = data.render(draft, scorer.tokenizer, "all")
+    return data.tokenize([(e.where, draft, *rendered)], scorer.tokenizer, "joint", Counter(), scorer.cfg.step_token)[0]
+
+
+def by_model(scorer: Scorer, tokenizer: data.Tokenizer) -> Callable:
+    """What a reward model says of an answer's last token (it reads the policy's ids), or a process reward model of its worst step."""
+    if scorer.stream == "log_probs":
+        raise ValueError(f"reward {scorer.name} is a language model; expected a reward model or a process reward model")
+    if scorer.stream == "reward":
+        tokenizer.same_ids(scorer.tokenizer)
+
+    def give(examples, texts):
+        if not examples:
+            return []
+        by_steps = scorer.stream == "step_logits"
+        trees = [in_steps(e, mine, scorer) for e, mine in zip(examples, texts)] if by_steps else examples
+        return [[said["min"] if by_steps else said for said in mine] for mine in scorer.scores(data.as_dataset(trees, Counter()))]
+    return give
