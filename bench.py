@@ -1,7 +1,7 @@
-"""Speed and memory side by side on one machine: `python bench.py losses` and `python bench.py head`, each a Markdown table.
+"""Speed and memory side by side on one machine: `python bench.py losses`, `head` or `generate`, each a Markdown table.
 
-Everything compared runs forward and backward on the same tensors, in turn, and the median of the rounds is shown; peak is
-memory above what was there before. Liger-Kernel and cut-cross-entropy are measured where they are installed.
+Everything compared does the same work on the same tensors, in turn, and the median of the rounds is shown; peak is memory
+above what was there before. Liger-Kernel, cut-cross-entropy and transformers are measured where they are installed.
 """
 import argparse
 import contextlib
@@ -12,10 +12,13 @@ import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import losses
+import model
+import rollout
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The clock
@@ -238,6 +241,42 @@ def bench_head(device: str, rounds: int, only: str):
             print(f"| {vocab:,} | {name} | {seconds:.3g} | {ratio} | {memory:,.0f} | {error[name]:.1e} |", flush=True)
 
 
+def bench_generate(device: str, rounds: int, only: str, folder: str):
+    """Greedy answers of 64 tokens to prompts of 16 to 96; and 8 samples each of 4 prompts, as a rollout has them."""
+    if not folder:
+        raise SystemExit("generate needs --model, a model folder")
+    transformers, new = optional("transformers"), 64
+    print(f"Tokens a second, {new} new ones behind prompts of 16 to 96, {where(device)}.\n")
+    print("| dtype | rows | what | tokens/s | ratio | peak, MB | `[B, T, V]` in fp32, MB |\n|---|---|---|---|---|---|---|")
+    for dtype in (torch.float32, torch.bfloat16):
+        path = model.find_folder(folder)
+        decoder = model.load(path)[0].to(device, dtype)
+        theirs = transformers and transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+        for rows, n in ((1, 1), (32, 1), (32, 8)):
+            rng, vocab = np.random.default_rng(0), decoder.shape.vocab_size
+            prompts = [rng.integers(3, vocab, rng.integers(16, 97)).tolist() for _ in range(rows // n)]
+            draw = dict(sampling=rollout.Sampling(), keys=[(0, i) for i in range(len(prompts))], n=n) if n > 1 else {}
+
+            def ours(compiled):
+                return rollout.generate(decoder, prompts, max_new_tokens=new, stop=set(), compiled=compiled, **draw)
+
+            def peers():
+                longest = max(map(len, prompts))
+                ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+                mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+                drawn = dict(temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=n) if n > 1 else {}
+                return theirs.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
+                                       cache_implementation="static", do_sample=n > 1, **drawn)
+            found = measure({**({"transformers, static cache": peers} if theirs else {}), "ours": lambda: ours(False),
+                             "ours, compiled": lambda: ours(True)}, device, rounds)
+            base = next(iter(found.values()))[0]
+            whole = rows * (max(map(len, prompts)) + new) * vocab * 4 / 2**20
+            of = f"{str(dtype).split('.')[1]} | {rows // n} x {n}"
+            for name, (seconds, memory) in found.items():
+                speed = f"{rows * new / seconds:,.0f} | {base / seconds:.2f}x"
+                print(f"| {of} | {name} | {speed} | {memory:,.0f} | {whole:,.0f} |", flush=True)
+
+
 def where(device: str) -> str:
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     return f"{name}, torch {torch.__version__.split('+')[0]}"
@@ -245,9 +284,14 @@ def where(device: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("losses", "head"))
+    parser.add_argument("what", choices=("losses", "head", "generate"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="names, or parts of them, separated by commas")
+    parser.add_argument("--model", default="", help="generate: the model's folder")
     arguments = parser.parse_args()
-    {"losses": bench_losses, "head": bench_head}[arguments.what](arguments.device, arguments.rounds, arguments.only)
+    given = (arguments.device, arguments.rounds, arguments.only)
+    if arguments.what == "generate":
+        bench_generate(*given, arguments.model)
+    else:
+        {"losses": bench_losses, "head": bench_head}[arguments.what](*given)

@@ -72,9 +72,9 @@ class Config:
     cache_dir: str = "~/.cache/nanoalign"  # reference log-probs, under a key of weights, data and precision
 
     # Rollouts, for losses on prompts
-    reward: Callable | str | dict = None  # (prompt, completion, row) -> number, or (prompts, completions, rows) -> numbers; folder or config of a reward model; {either: weight}
+    reward: Callable | str | dict = None  # (prompt, completion, row) -> number; model folder or config; {either: weight}
     reward_workers: int = 0  # processes that call the function; 0: it is called in the run's own
-    reward_timeout: float = 0.0  # seconds that a worker may take for an answer; 0: any
+    reward_timeout: float = 60.0  # seconds that a worker may take for an answer
     bad_rewards: str = "error"  # a reward that raises, hangs or is no number: error (save and stop), skip (the prompt, and count)
     rollout_prompts: int = 0  # prompts that are answered at a time, over all ranks; 0: batch_size
     rollout_epochs: int = 1  # passes over these answers, before the next ones are made
@@ -85,7 +85,7 @@ class Config:
     top_p: float = 1.0  # draw from the most likely tokens that have this probability together
     min_p: float = 0.0  # draw from tokens with at least this share of the most likely one's probability
     stop: tuple = ()  # strings that end an answer, besides the model's own end tokens
-    advantages: str = "group_norm"  # gae, reinforce, reinforce_baseline (all whitened), rloo, group_norm (GRPO), group_center (Dr. GRPO)
+    advantages: str = "group_norm"  # gae, reinforce, reinforce_baseline, rloo, group_norm (GRPO's), group_center (Dr. GRPO's)
     gamma: float = 1.0  # discount of a reward a token later
     lam: float = 0.95  # gae: 1 trusts rewards alone, 0 the critic
     reward_clip: float = 10.0  # rewards stay within plus and minus this; 0: any
@@ -116,8 +116,6 @@ class Config:
     save_dtype: str = ""  # dtype of model/; default: the loaded folder's
 
 
-ROLLOUTS = {key for line in inspect.getsource(Config).split("# Rollouts")[1].split("# Machine")[0].splitlines()
-            for key in re.findall(r"^    (\w+):", line)} - {"temperature"}  # keys that mean nothing to losses on fixed rows
 CHOICES = {"bad_rewards": ("error", "skip"),
            "advantages": ("gae", "reinforce", "reinforce_baseline", "rloo", "group_norm", "group_center"),
            "truncation": ("cut", "drop", "error"), "tokenize": ("joint", "apart"), "train_on": ("", "all", "last"),
@@ -127,9 +125,10 @@ CHOICES = {"bad_rewards": ("error", "skip"),
 AT_LEAST = {"batch_size": 1, "max_length": 2, "log_every": 1, "keep_checkpoints": 1, "max_new_tokens": 1,
             "rollout_batch": 1, "samples_per_prompt": 1, "rollout_epochs": 1, "kl_horizon": 1} | dict.fromkeys(
     ("max_prompt_length", "micro_batch_tokens", "epochs", "max_steps", "lr", "min_lr", "warmup_steps", "weight_decay",
-     "grad_clip", "eval_every", "save_every", "nll_coef", "ld_alpha", "seed", "teacher_top_k", "reward_workers", "reward_timeout", "rollout_prompts",
-     "temperature", "top_k", "top_p", "min_p", "gamma", "lam", "reward_clip", "missing_eos_penalty", "overlong_buffer",
-     "overlong_penalty", "filter_rounds", "kl_coef", "kl_target", "critic_lr", "critic_warmup"), 0)
+     "grad_clip", "eval_every", "save_every", "nll_coef", "ld_alpha", "seed", "teacher_top_k", "reward_workers", "reward_timeout",
+     "rollout_prompts", "temperature", "top_k", "top_p", "min_p", "gamma", "lam", "reward_clip", "missing_eos_penalty",
+     "overlong_buffer", "overlong_penalty", "filter_rounds", "kl_coef", "kl_target", "critic_lr", "critic_warmup"), 0)
+AT_MOST = dict.fromkeys(("top_p", "min_p", "gamma", "lam"), 1)
 TYPES = typing.get_type_hints(Config)
 
 
@@ -149,6 +148,8 @@ def checked(key: str, value, kind, where: str):
         raise ValueError(f"{where}: {key} = {value!r}; expected one of {', '.join(map(repr, CHOICES[key]))}")
     if key in AT_LEAST and not value >= AT_LEAST[key]:
         raise ValueError(f"{where}: {key} = {value!r}; expected at least {AT_LEAST[key]}")
+    if key in AT_MOST and not value <= AT_MOST[key]:
+        raise ValueError(f"{where}: {key} = {value!r}; expected at most {AT_MOST[key]}")
     return value
 
 
@@ -271,18 +272,48 @@ def terms(cfg: types.SimpleNamespace, compiled: bool) -> list[Term]:
         if ignoring:
             raise ValueError(f"{name} = {value!r} changes nothing in {'+'.join(ignoring)}; leave it out")
         made = changed
-    for key, stream in (("reference", "reference_log_probs"), ("reference_live", "reference_log_probs"),
-                        ("teacher", "teacher_logits"), ("teacher_top_k", "teacher_logits"), ("critic", "values")):
-        if getattr(cfg, key) and stream not in streams(made) and not (cfg.kl_coef and key == "reference"):
-            raise ValueError(f"{key} = {getattr(cfg, key)!r}: {'+'.join(cfg.weights)} reads no {key.split('_')[0]}; leave it out")
-    given = [key for key in sorted(ROLLOUTS) if getattr(cfg, key) != getattr(Config, key)]
-    if given and data_kind(cfg) != "prompts":
-        raise ValueError(f"{given[0]} = {getattr(cfg, given[0])!r} is of rollouts, and {'+'.join(cfg.weights)} makes none; leave it out")
+    read = streams(made)
+    for key in [key for key in NEEDS if getattr(cfg, key) != getattr(Config, key)]:
+        used, what = NEEDS[key]
+        if not used(cfg, read):
+            raise ValueError(f"{key} = {getattr(cfg, key)!r} does nothing in {'+'.join(cfg.weights)} without {what}; "
+                             f"leave it out")
     return made
+
+
+def rolls(cfg: types.SimpleNamespace, read=None) -> bool:
+    return any(OBJECTIVES[name].data == "prompts" for name in cfg.weights)
+
+
+NEEDS = {  # key -> (config, streams that losses read) -> is it read; and what that takes
+    **dict.fromkeys(("reward", "bad_rewards", "rollout_prompts", "rollout_epochs", "samples_per_prompt", "advantages",
+                     "reward_clip", "missing_eos_penalty", "overlong_buffer", "filter_groups", "kl_coef", "top_k", "top_p",
+                     "min_p"), (rolls, "a loss on prompts")),
+    **dict.fromkeys(("rollout_batch", "stop"),
+                    (lambda cfg, read: rolls(cfg) or cfg.eval_prompts, "a loss on prompts or eval_prompts")),
+    "temperature": (lambda cfg, read: rolls(cfg) or any("temperature" in given for given in cfg.bound.values()),
+                    "a loss on prompts, or distillation"),
+    "reward_workers": (lambda cfg, read: any(map(callable, rewards(cfg))), "a reward that is a function"),
+    "reward_timeout": (lambda cfg, read: cfg.reward_workers, "reward_workers"),
+    "overlong_penalty": (lambda cfg, read: cfg.overlong_buffer, "overlong_buffer"),
+    "filter_rounds": (lambda cfg, read: cfg.filter_groups, "filter_groups"),
+    "gamma": (lambda cfg, read: rolls(cfg) and ("values" in read or cfg.advantages in ("gae", "reinforce", "reinforce_baseline")),
+              "advantages or a critic that look ahead"),
+    "lam": (lambda cfg, read: cfg.advantages == "gae", "advantages = 'gae'"),
+    "kl_target": (lambda cfg, read: cfg.kl_coef, "kl_coef"), "kl_horizon": (lambda cfg, read: cfg.kl_target, "kl_target"),
+    **dict.fromkeys(("critic", "critic_lr", "critic_warmup"), (lambda cfg, read: "values" in read, "the value loss")),
+    "reference": (lambda cfg, read: "reference_log_probs" in read or cfg.kl_coef, "a loss that reads a reference, or kl_coef"),
+    "reference_live": (lambda cfg, read: "reference_log_probs" in read and not rolls(cfg),
+                       "a loss on fixed rows that reads a reference"),
+    **dict.fromkeys(("teacher", "teacher_top_k"), (lambda cfg, read: "teacher_logits" in read, "distillation")),
+}
 
 
 def data_kind(cfg: types.SimpleNamespace) -> str:
     kinds = {OBJECTIVES[name].data for name in cfg.weights} - {None} or {"sft"}
+    imitating = [name for name in cfg.weights if OBJECTIVES[name].data is None]
+    if rolls(cfg) and imitating:
+        raise ValueError(f"objective {'+'.join(cfg.weights)}: rows of prompts show no response that {imitating[0]} could imitate")
     if len(kinds) > 1:
         raise ValueError(f"objective {cfg.objective}: these losses need different rows ({', '.join(sorted(kinds))})")
     return kinds.pop()
@@ -290,8 +321,12 @@ def data_kind(cfg: types.SimpleNamespace) -> str:
 
 def models(cfg: types.SimpleNamespace) -> list[str]:
     """Every folder or config of a model that the run begins with."""
-    rewards = cfg.reward if isinstance(cfg.reward, dict) else [cfg.reward]
-    return [cfg.init_from, cfg.teacher, cfg.critic, *[name for name in rewards if isinstance(name, str)]]
+    return [cfg.init_from, cfg.teacher, cfg.critic, *[name for name in rewards(cfg) if isinstance(name, str)]]
+
+
+def rewards(cfg: types.SimpleNamespace) -> dict:
+    """function, folder or config -> its weight in the reward."""
+    return cfg.reward if isinstance(cfg.reward, dict) else {cfg.reward: 1.0} if cfg.reward else {}
 
 
 def as_json(cfg: types.SimpleNamespace) -> dict:

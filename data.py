@@ -348,7 +348,8 @@ class Tokenizer:
         self.adds_bos = self.bos is not None and config.get(
             "add_bos_token", self.fast.encode("a").ids[:1] == [self.bos])
         self.dummy_prefix = self.fast.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581")  # SentencePiece
-        described = [read_json(path) for name in ("generation_config.json", "config.json") if (path := self.folder / name).is_file()]
+        files = (self.folder / name for name in ("generation_config.json", "config.json"))
+        described = [read_json(file) for file in files if file.is_file()]
         ends = next((c["eos_token_id"] for c in described if c.get("eos_token_id") is not None), self.eos)
         self.stops = {self.eos, *(ends if isinstance(ends, list) else [ends])}  # what ends an answer
         self.special = {i for i, token in self.fast.get_added_tokens_decoder().items() if token.special}
@@ -439,6 +440,23 @@ class Example(NamedTuple):
     @property
     def length(self) -> int:
         return len(self.prompt) + sum(map(len, self.responses))
+
+
+def with_responses(e: Example, responses: list) -> Example:
+    """Its prompt with other responses (ids), all of them scored."""
+    scored = [np.ones(len(ids), bool) for ids in responses]
+    return e._replace(responses=responses, scored=scored, demonstrated=[False] * len(responses))
+
+
+LARGE = 16384  # tokens: trees that may be cut are, where they are larger
+
+
+def cut(e: Example, tokens: int, longest: int = 0) -> list[Example]:
+    """A tree in pieces of at most so many tokens, its prompt in each, none with less than one response. longest: tokens that a
+    response may have; 0: those that its longest has."""
+    hold = max(1, (tokens - len(e.prompt)) // (longest or max(map(len, e.responses))))
+    return [e._replace(responses=e.responses[i:i + hold], scored=e.scored[i:i + hold], labels=e.labels[i:i + hold],
+                       demonstrated=e.demonstrated[i:i + hold]) for i in range(0, len(e.responses), hold)]
 
 
 def render(draft: Draft, tokenizer: Tokenizer, train_on: str) -> tuple[str, list]:
@@ -659,7 +677,7 @@ def in_order(dataset: Dataset, size: int = 256) -> list[np.ndarray]:
 
 def stream_length(datasets: list[Dataset], batch_size: int, asked: int, answers: int = 0, answer: int = 0) -> int:
     """T. 0: what holds the largest tree, and as much of an average step as 4,096 tokens take; a multiple of 128. Trees that are
-    yet to get that many answers of at most so many tokens may be cut to one answer: 0 is then at most 16,384 if that holds one."""
+    yet to get that many answers of at most so many tokens may be cut to one answer: 0 is then at most LARGE if that holds one."""
     largest = max((e for d in datasets for e in d.examples), key=lambda e: e.length)
     least = largest.length + answer
     if asked and asked < least:
@@ -667,7 +685,7 @@ def stream_length(datasets: list[Dataset], batch_size: int, asked: int, answers:
                          f"micro_batch_tokens is {asked}; set it to {-(-least // 128) * 128} or to 0, or cut max_length")
     step = batch_size * (sum(e.length for e in datasets[0].examples) // len(datasets[0]) + answers * answer)
     whole = largest.length + answers * answer
-    return asked or -(-max(least, min(whole, 16384) if answer else whole, min(4096, step)) // 128) * 128
+    return asked or -(-max(least, min(whole, LARGE) if answer else whole, min(4096, step)) // 128) * 128
 
 
 def pack(lengths: list[int], capacity: int) -> list[list[int]]:

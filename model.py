@@ -343,7 +343,7 @@ class Head(NamedTuple):
 
 HEADS = {**dict.fromkeys(("log_probs", "entropy", "collision"), Head(token_head, "lm_head")),
          "logits": Head(logits_head, "lm_head"), "reward": Head(reward_head, "score", 1),
-         "step_logits": Head(step_head, "score", 2), "values": Head(value_head, "values", 1)}  # stream that a loss reads -> the head that makes it
+         "step_logits": Head(step_head, "score", 2), "values": Head(value_head, "values", 1)}  # stream -> the head that makes it
 LANGUAGE = {"lm_head": 0}  # the modules of a language model
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from tqdm import tqdm
 
+import config
 import data
 import losses
 import model
@@ -24,7 +25,7 @@ Said = list[list[float | str]]  # of each example, of each answer: its reward, o
 def rewards(cfg, machine, tokenizer, folder_of: Callable) -> Callable:
     """cfg.reward as (examples, texts) -> Said. folder_of(name): where the model is that the config names."""
     terms = []
-    for what, weight in (cfg.reward if isinstance(cfg.reward, dict) else {cfg.reward: 1.0}).items():
+    for what, weight in config.rewards(cfg).items():
         if not (callable(what) or isinstance(what, str) and what) or type(weight) not in (int, float):
             raise ValueError(f"reward = {cfg.reward!r}; expected a function, the folder or config of a reward model, or "
                              f"{{either: weight}}")
@@ -38,6 +39,21 @@ def rewards(cfg, machine, tokenizer, folder_of: Callable) -> Callable:
     return summed
 
 
+def together(machine, ask: Callable, bad_rewards: str) -> list[Said]:
+    """What ask() says on every rank, on all of them. A failure anywhere is raised everywhere: no rank waits for one that stopped.
+    That an answer has no reward is one, unless bad_rewards is "skip"."""
+    try:
+        mine = ask()
+    except ValueError as error:
+        mine = error
+    ranks = machine.share(mine)
+    for failed in [said for said in ranks if isinstance(said, ValueError)]:
+        raise failed
+    for wrong in [x for said in ranks for some in said for x in some if isinstance(x, str) and bad_rewards == "error"]:
+        raise ValueError(f"{wrong}; bad_rewards = 'skip' leaves such prompts out")
+    return ranks
+
+
 def add(parts: list[tuple]) -> float | str:
     wrong = [said for _, said in parts if isinstance(said, str)]
     return wrong[0] if wrong else sum(weight * said for weight, said in parts)
@@ -47,14 +63,13 @@ def add(parts: list[tuple]) -> float | str:
 # Functions
 
 
-def by_function(function: Callable, workers: int = 0, timeout: float = 0.0) -> Callable:
+def by_function(function: Callable, workers: int = 0, timeout: float = 60.0) -> Callable:
     """function(prompt, completion, row) -> number; or, where its first parameter is called `prompts`, lists of them -> a list.
-    workers: processes that call it; there, an answer that takes longer than timeout seconds (0: any) counts as failed."""
-    batched, name = next(iter(inspect.signature(function).parameters), "") == "prompts", getattr(function, "__name__", str(function))
+    workers: processes that call it; there, an answer that takes longer than timeout seconds counts as failed."""
+    batched = next(iter(inspect.signature(function).parameters), "") == "prompts"
+    name = getattr(function, "__name__", str(function))
     if batched and workers:
         raise ValueError(f"reward {name} takes lists of answers; reward_workers are for a function of one")
-    if timeout and not workers:
-        raise ValueError("reward_timeout needs reward_workers: a function that hangs here hangs the run")
     calls = in_batch(function) if batched else Workers(function, workers, timeout) if workers else one_by_one(function)
 
     def give(examples, texts):
@@ -65,9 +80,11 @@ def by_function(function: Callable, workers: int = 0, timeout: float = 0.0) -> C
 
 def number(result, where: str, text: str) -> float | str:
     """A finite number, or a sentence about what is there in its place."""
-    said = f"{type(result).__name__}: {result}" if isinstance(result, BaseException) else f"returned {result!r:.80}, expected a number"
+    failed = isinstance(result, Exception)
+    said = f"{type(result).__name__}: {result}" if failed else f"returned {result!r:.80}, expected a number"
+    said = str(result) if isinstance(result, Failed) else said
     try:
-        value = math.nan if isinstance(result, (BaseException, str)) else float(result)
+        value = math.nan if failed or isinstance(result, str) else float(result)
     except (TypeError, ValueError):
         value = math.nan
     return value if math.isfinite(value) else f"{where}: {said}; for the completion {text[:80]!r}"
@@ -86,7 +103,7 @@ def one_by_one(function: Callable) -> Callable:
 def in_batch(function: Callable) -> Callable:
     def calls(asked: list[tuple]) -> Iterator:
         try:
-            found = list(function(*map(list, zip(*asked))))
+            found = list(function(*map(list, zip(*asked)))) if asked else []
             if len(found) != len(asked):
                 raise ValueError(f"{len(asked)} answers and {len(found)} rewards")
         except Exception as error:
@@ -95,12 +112,16 @@ def in_batch(function: Callable) -> Callable:
     return calls
 
 
+class Failed(Exception):
+    """What went wrong in a worker, in its words."""
+
+
 class Workers:
     """Processes that call a function. One that hangs is ended with its whole pool, and another pool goes on behind it."""
 
     def __init__(self, function: Callable, workers: int, timeout: float):
         self.place = (inspect.getsourcefile(function), getattr(function, "__qualname__", "?"))
-        self.workers, self.timeout, self.pool = workers, timeout or None, None
+        self.workers, self.timeout, self.pool = workers, timeout, None
         if runpy.run_path(self.place[0]).get(self.place[1]) is None:
             raise ValueError(f"reward_workers: {self.place[1]} is not at the top of {self.place[0]}, where a process can find it")
 
@@ -112,13 +133,12 @@ class Workers:
                 self.pool.apply(ready)  # their imports take no answer's time
                 results = self.pool.imap(call, asked[i:])
             try:
-                yield results.next(self.timeout)  # of the i-th: those before it are done
+                value, wrong = results.next(self.timeout)  # of the i-th: those before it are done
+                yield Failed(wrong) if wrong else value
             except multiprocessing.TimeoutError:
                 self.pool.terminate()
                 self.pool = results = None
-                yield TimeoutError(f"no answer within reward_timeout = {self.timeout:g} seconds")
-            except Exception as error:
-                yield error
+                yield TimeoutError(f"no answer within reward_timeout = {self.timeout:g} seconds: it hangs, or its process died")
 
 
 def begin(file: str, name: str):
@@ -131,8 +151,13 @@ def ready():
     return True
 
 
-def call(given: tuple):
-    return function(*given)
+def call(given: tuple) -> tuple:
+    """(a number or what was returned, what went wrong): nothing else crosses between processes."""
+    try:
+        value = function(*given)
+        return (value if isinstance(value, (int, float)) else float(value)), ""
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,11 +179,13 @@ class Scorer:
         self.stream, self.say = SAY["ForTokenClassification" if self.cfg.reward_tokens else kind]
         self.tokenizer = data.Tokenizer(folder, cfg.chat_template)
         self.decoder = model.load_model(self.cfg, self.machine, name, self.tokenizer, [self.stream])[0].requires_grad_(False)
+        self.tokens = 0  # of a stream: the most there were so far, so that compiled shapes are few
 
     def scores(self, dataset: data.Dataset) -> list[dict]:
         """Of each example, in order."""
         model.check_lengths(self.decoder, dataset)
-        layout, found = self.machine.layout(data.stream_length([dataset], 64, 0), self.decoder), [None] * len(dataset)
+        self.tokens, found = max(self.tokens, data.stream_length([dataset], 64, 0)), [None] * len(dataset)
+        layout = self.machine.layout(self.tokens, self.decoder)
         for rows in tqdm(data.in_order(dataset, 64), desc="scoring", leave=False):
             for batch in data.micro_batches(dataset, rows, layout)[0]:
                 with torch.no_grad(), self.machine.autocast():
@@ -202,16 +229,25 @@ def in_steps(e: data.Example, texts: list[str], scorer: Scorer) -> data.Example:
 
 
 def by_model(scorer: Scorer, tokenizer: data.Tokenizer) -> Callable:
-    """What a reward model says of an answer's last token (it reads the policy's ids), or a process reward model of its worst step."""
+    """A reward model's score of an answer (it reads the policy's ids), or a process reward model's of its worst step."""
     if scorer.stream == "log_probs":
         raise ValueError(f"reward {scorer.name} is a language model; expected a reward model or a process reward model")
     if scorer.stream == "reward":
         tokenizer.same_ids(scorer.tokenizer)
 
     def give(examples, texts):
-        if not examples:
-            return []
-        by_steps = scorer.stream == "step_logits"
-        trees = [in_steps(e, mine, scorer) for e, mine in zip(examples, texts)] if by_steps else examples
-        return [[said["min"] if by_steps else said for said in mine] for mine in scorer.scores(data.as_dataset(trees, Counter()))]
+        """Each answer once, however often it was given: the same one has the same reward to the last bit."""
+        by_steps, trees, places, count = scorer.stream == "step_logits", [], [], 0
+        for e, mine in zip(examples, texts):
+            first, names = {}, mine if by_steps else [ids.tobytes() for ids in e.responses]
+            for i, name in enumerate(names):
+                first.setdefault(name, i)
+            nth = {name: count + i for i, name in enumerate(first)}
+            places.append([nth[name] for name in names])
+            count += len(first)
+            kept = [(mine if by_steps else e.responses)[i] for i in first.values()]
+            once = in_steps(e, kept, scorer) if by_steps else data.with_responses(e, kept)
+            trees += data.cut(once, data.LARGE)
+        said = [x for some in (scorer.scores(data.as_dataset(trees, Counter())) if trees else []) for x in some]
+        return [[said[i]["min"] if by_steps else said[i] for i in mine] for mine in places]
     return give

@@ -51,12 +51,13 @@ class Answer(NamedTuple):
 @torch.no_grad()
 def generate(decoder, prompts: list[list[int]], *, max_new_tokens: int, stop: set[int], n: int = 1, sampling: Sampling = GREEDY,
              keys: list[tuple] | None = None, strings: tuple = (), text: Callable | None = None, batch: int = 256,
-             check: int = 16, compiled: bool = False, watch: Callable | None = None) -> list[list[Answer]]:
+             check: int = 16, compiled: bool = False, longest: int = 0, watch: Callable | None = None) -> list[list[Answer]]:
     """n answers to each prompt (a list of ids), whose part of the cache is computed once for all of them.
 
     An answer ends at a token of `stop`, or where `text(ids)` holds one of `strings`. keys: the integers that the random numbers
     of each prompt are a function of. batch: rows at a time. Every `check` tokens the host looks which rows are done; they leave
-    the batch then. compiled: a decoding step is one graph, and they stay. watch(row, ids) is called whenever the host looks.
+    the batch then. compiled: a decoding step is one graph, and they stay; longest: prompt that is yet to come, for the graph's
+    shapes. watch(row, ids) is called for each row that goes on or has just ended, whenever the host looks.
     """
     keys, answers, each = keys or [(0, i) for i in range(len(prompts))], [], max(1, batch // n)
     for start in range(0, len(prompts), each):
@@ -66,15 +67,15 @@ def generate(decoder, prompts: list[list[int]], *, max_new_tokens: int, stop: se
             seeds = [(*key, i) for key in keys[start:start + each] for i in range(n)]
             uniform = np.ones((len(padded) * n, max_new_tokens), np.float32) / 2
             uniform[:len(seeds)] = [np.random.default_rng(seed).random(max_new_tokens, np.float32) for seed in seeds]
-        look = functools.partial(_look, strings=strings, text=text, watch=watch) if strings or watch else None
-        rows = _generate(decoder, padded, n, max_new_tokens, stop, sampling, uniform, look, check, compiled)
+        look = functools.partial(_look, check=check, strings=strings, text=text, watch=watch) if strings or watch else None
+        slots = -(-(max(longest, *map(len, some)) + max_new_tokens) // 64) * 64
+        rows = _generate(decoder, padded, len(some), n, slots, max_new_tokens, stop, sampling, uniform, look, check, compiled)
         answers += [rows[i * n:(i + 1) * n] for i in range(len(some))]
     return answers
 
 
-def _generate(decoder, prompts, n, max_new_tokens, stop, sampling, uniform, look, check, compiled) -> list[Answer]:
+def _generate(decoder, prompts, real, n, slots, max_new_tokens, stop, sampling, uniform, look, check, compiled) -> list[Answer]:
     shape, device, longest, rows = decoder.shape, decoder.lm_head.weight.device, max(map(len, prompts)), len(prompts) * n
-    slots = -(-(longest + max_new_tokens) // 64) * 64
     slots = min(slots, shape.max_positions) if shape.gpt2 else slots  # learned positions end
     with torch.compiler.set_stance("force_eager"):  # shapes of its own, which would use up the blocks' compilations
         cache, logits = prefill(decoder, prompts, n, slots)
@@ -85,8 +86,8 @@ def _generate(decoder, prompts, n, max_new_tokens, stop, sampling, uniform, look
     tokens = torch.full((rows, max_new_tokens), -1, device=device)
     log_probs = torch.zeros(rows, max_new_tokens, dtype=torch.promote_types(logits.dtype, torch.float32), device=device)
     lengths = torch.full((rows,), max_new_tokens, device=device)
-    ended, alive, done = (torch.zeros(rows, dtype=torch.bool, device=device), torch.arange(rows, device=device),
-                          torch.zeros(rows, dtype=torch.bool, device=device))
+    alive, ended = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
+    done = alive >= real * n  # what is there for the shape alone
     for t in range(max_new_tokens):
         token, log_prob = pick(logits, uniform[alive, t], sampling)
         tokens[alive, t], log_probs[alive, t] = token, log_prob
@@ -103,9 +104,12 @@ def _generate(decoder, prompts, n, max_new_tokens, stop, sampling, uniform, look
                 cache = [part[~done] for part in cache]
                 alive, token, place, done = alive[~done], token[~done], place[~done], done[~done]
         if t + 1 < max_new_tokens:
+            seen = slots if compiled else min(slots, longest + t + 2)
             with torch.compiler.set_stance(stance):
-                logits = step(decoder, cache, token, place.clamp(max=slots - 1), slots if compiled else min(slots, longest + t + 2))
+                logits = step(decoder, cache, token, place.clamp(max=slots - 1), seen)
             place = place + 1
+    if not log_probs.isfinite().all():
+        raise ValueError("the model's logits are not finite: it has diverged; a checkpoint from before is the way back")
     return [Answer(ids[:length], logps[:length], end) for ids, logps, length, end in
             zip(tokens.tolist(), log_probs.tolist(), lengths.tolist(), ended.tolist())]
 
@@ -167,6 +171,7 @@ def pick(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
         total = truncated(logps, sampling).exp().cumsum(-1)
         below = total[:, -1:].nextafter(total.new_zeros(()))  # the product may be rounded up to the whole
         token = torch.searchsorted(total, (uniform[:, None].to(total) * total[:, -1:]).minimum(below), right=True)[:, 0]
+        token = token.clamp(max=logits.shape[1] - 1)  # of logits that are not finite
     else:
         token = logits.argmax(-1)
     return token, logps.gather(1, token[:, None])[:, 0]
@@ -179,18 +184,24 @@ def truncated(logps: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         p, order = logps.softmax(-1).sort(descending=True)
         beyond = p.cumsum(-1) - p >= sampling.top_p
+        beyond[:, 0] = False
         logps = logps.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
     if sampling.min_p > 0:
         logps = logps.masked_fill(logps < logps.max(-1, keepdim=True).values + math.log(sampling.min_p), -torch.inf)
     return logps
 
 
-def _look(tokens, lengths, ended, alive, seen, strings, text, watch) -> Tensor:
-    """The host's look at rows that are not done: where a string ended one, its length is set. (B,): did one?"""
+def _look(tokens, lengths, ended, alive, seen, check, strings, text, watch) -> Tensor:
+    """The host's look at rows that went on since the last one: where a string ended a row, its length is set. (B,): did one?"""
     found = torch.zeros(len(alive), dtype=torch.bool)
     for place, (row, length) in enumerate(zip(alive.tolist(), lengths[alive].tolist())):
+        if length <= seen - check:
+            continue
         ids = tokens[row, :min(seen, length)].tolist()
-        holds = lambda end: any(string in text(ids[:end]) for string in strings)
+
+        def holds(end):
+            said = text(ids[:end])
+            return any(string in said for string in strings)
         if strings and holds(len(ids)):
             lengths[row], ended[row], found[place] = next(end for end in range(1, len(ids) + 1) if holds(end)), True, True
             ids = ids[:lengths[row]]
@@ -206,7 +217,7 @@ def _look(tokens, lengths, ended, alive, seen, strings, text, watch) -> Tensor:
 
 def at_end(scores: Tensor, mask: Tensor) -> Tensor:
     """(R,) at each response's last action token, (R, L)."""
-    return torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device).scatter(1, mask.sum(1, keepdim=True) - 1, scores[:, None])
+    return scores.new_zeros(mask.shape).scatter(1, mask.sum(1, keepdim=True) - 1, scores[:, None])
 
 
 def by_gae(scores, penalty, values, mask, n, gamma, lam):
@@ -226,9 +237,17 @@ def by_centered_return(scores, penalty, values, mask, n, gamma, lam):
 def by_group(weigh: Callable) -> Callable:
     """One advantage for all tokens of a response: weigh(total rewards (G, n))."""
     def advantages(scores, penalty, values, mask, n, gamma, lam):
-        totals = scores + penalty.sum(1)
-        return torch.where(mask, weigh(totals.view(-1, n)).view(-1, 1), 0), losses.discounted(penalty + at_end(scores, mask), mask, gamma)
+        returns = losses.discounted(penalty + at_end(scores, mask), mask, gamma)
+        return torch.where(mask, weigh((scores + penalty.sum(1)).view(-1, n)).view(-1, 1), 0), returns
     return advantages
+
+
+def shaped(rewards: Tensor, size: Tensor, ended: Tensor, cfg) -> Tensor:
+    """Rewards (R,) within reward_clip, less what answers that ran out of room and long ones lose (DAPO, arXiv:2503.14476 eq. 13).
+    size, ended (R,): tokens of an answer, 1 where it ended."""
+    scores = rewards.clamp(-cfg.reward_clip, cfg.reward_clip) if cfg.reward_clip else rewards
+    over = (size - (cfg.max_new_tokens - cfg.overlong_buffer)).clamp(min=0) / max(cfg.overlong_buffer, 1)
+    return scores - cfg.missing_eos_penalty * (1 - ended) - (cfg.overlong_penalty * over if cfg.overlong_buffer else 0)
 
 
 ADVANTAGES = {"gae": by_gae, "reinforce": by_return, "reinforce_baseline": by_centered_return, "rloo": by_group(losses.rloo),
@@ -265,8 +284,7 @@ def written(tokenizer: data.Tokenizer, answer: Answer) -> str:
 
 def answered(e: data.Example, answers: list[Answer]) -> data.Example:
     """A prompt with answers as its responses."""
-    ids = [np.array(answer.ids, np.int32) for answer in answers]
-    return e._replace(responses=ids, scored=[np.ones(len(i), bool) for i in ids], demonstrated=[False] * len(ids))
+    return data.with_responses(e, [np.array(answer.ids, np.int32) for answer in answers])
 
 
 class Rollouts:
@@ -275,9 +293,9 @@ class Rollouts:
 
     def __init__(self, run, folder_of: Callable):
         cfg = self.cfg = run.cfg
-        if cfg.reward is None:
-            raise ValueError("rollouts need reward: a function (prompt, completion, row) -> number in the config file, or the folder "
-                             "of a reward model")
+        if not cfg.reward:
+            raise ValueError("rollouts need reward: a function (prompt, completion, row) -> number in the config file, or the "
+                             "folder of a reward model")
         if not hasattr(run.decoder, "lm_head"):
             raise ValueError(f"{'+'.join(cfg.weights)} trains a critic and no policy; expected both, as in objective = "
                              f"{{'ppo': 1.0, 'value': 0.5}}")
@@ -300,11 +318,11 @@ class Rollouts:
         self.reference = run.reference() if cfg.kl_coef or "reference_log_probs" in run.streams else None
         for decoder in [self.decoder] + [self.reference] * bool(self.reference):
             decoder.temperature = cfg.temperature
-        if cfg.top_k or cfg.top_p < 1 or cfg.min_p:
-            print("top_k, top_p and min_p: answers are drawn from a part of the distribution whose log-probs the losses take, so "
-                  "that even the first step is off-policy; correction = 'tis' weighs that") if run.machine.rank == 0 else None
+        if (cfg.top_k or cfg.top_p < 1 or cfg.min_p) and run.machine.rank == 0:
+            print("warning: with top_k, top_p or min_p, answers are drawn from a part of the distribution that losses are of")
         self.sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p)
         self.sampler = self.decoder if run.machine.dtype in (torch.float32, torch.float64) else None
+        self.longest = max(len(e.prompt) for e in self.prompts.examples)
         self.drawn, self.kl_coef, self.now = 0, cfg.kl_coef, None  # prompts drawn so far
 
     @staticmethod
@@ -333,6 +351,7 @@ class Rollouts:
 
     def make(self) -> Rollout:
         cfg, drawn, clock, begin = self.cfg, [], Counter(), time.perf_counter()
+        self.sampler = copied(self.decoder, self.sampler, self.machine.dtype)
         for _ in range(1 + cfg.filter_rounds):
             drawn += self.draw(range(self.drawn + len(drawn), self.drawn + len(drawn) + self.size), clock)
             valid = [g for g in drawn if not any(map(math.isnan, g.rewards))]
@@ -354,57 +373,37 @@ class Rollouts:
         return self.with_columns(made, clock, begin)
 
     def draw(self, places: range, clock: Counter) -> list[Group]:
-        """The prompts at these places of the run, each rank's share answered and rewarded there, then all of them on every rank."""
+        """The prompts at these places of the run: each rank answers and rewards its share, then all are on every rank."""
         cfg, machine, begin = self.cfg, self.machine, time.perf_counter()
         orders = {epoch: data.step_rows(self.prompts, epoch, len(self.prompts), cfg.seed)
                   for epoch in {place // len(self.prompts) for place in places}}
         chosen = [int(orders[place // len(self.prompts)][place % len(self.prompts)]) for place in places]
-        mine = slice(machine.rank, None, machine.world)
-        self.sampler = copied(self.decoder, self.sampler, machine.dtype)
-        examples, shared = [self.prompts.examples[i] for i in chosen[mine]], {}
-        answers = generate(self.sampler, [e.prompt.tolist() for e in examples], max_new_tokens=cfg.max_new_tokens,
-                           stop=self.tokenizer.stops, n=cfg.samples_per_prompt, sampling=self.sampling,
-                           keys=[(cfg.seed, place) for place in places[mine]], strings=cfg.stop, text=self.tokenizer.decode,
-                           batch=cfg.rollout_batch, compiled=machine.compiled)
-        generated = time.perf_counter()
-        said = self.rewards([answered(e, a) for e, a in zip(examples, answers)],
-                            [[written(self.tokenizer, a) for a in some] for some in answers])
-        clock["generate"] += generated - begin
-        clock["reward"] += time.perf_counter() - generated
-        return self.share(chosen, answers, said)
+        share = slice(machine.rank, None, machine.world)
+        examples, answers = [self.prompts.examples[i] for i in chosen[share]], []
 
-    def share(self, chosen: list[int], answers: list[list[Answer]], said: reward.Said) -> list[Group]:
-        """Every rank's answers and rewards -> the groups of all, in the order of `chosen`."""
-        flat, rewards = [a for some in answers for a in some], [x for some in said for x in some]
-        wrong = [x for x in rewards if isinstance(x, str)]
-        columns = {"length": [len(a.ids) for a in flat], "ended": [a.ended for a in flat], "ids": [i for a in flat for i in a.ids],
-                   "log_probs": [x for a in flat for x in a.log_probs], "wrong": list("".join(wrong[:1]).encode()),
-                   "rewards": [math.nan if isinstance(x, str) else x for x in rewards]}
-        ranks = {name: [part.tolist() for part in self.machine.gather(torch.tensor(
-            column, dtype=torch.float64 if name in ("log_probs", "rewards") else torch.int64, device=self.machine.device))]
-            for name, column in columns.items()}
-        wrong = [bytes(message).decode(errors="replace") for message in ranks["wrong"] if message]
-        if wrong and self.cfg.bad_rewards == "error":
-            raise ValueError(f"{wrong[0]}; bad_rewards = 'skip' leaves such prompts out")
-        n, found = self.cfg.samples_per_prompt, []
-        for rank in range(self.machine.world):
-            ids, logps = iter(ranks["ids"][rank]), iter(ranks["log_probs"][rank])
-            found.append([Answer(list(itertools.islice(ids, length)), list(itertools.islice(logps, length)), bool(ended))
-                          for length, ended in zip(ranks["length"][rank], ranks["ended"][rank])])
-        groups = []
-        for i, example in enumerate(chosen):
-            nth, rank = divmod(i, self.machine.world)
-            mine = slice(nth * n, nth * n + n)
-            groups.append(Group(example, found[rank][mine], ranks["rewards"][rank][mine]))
-        return groups
+        def ask():
+            answers.extend(generate(
+                self.sampler, [e.prompt.tolist() for e in examples], max_new_tokens=cfg.max_new_tokens, stop=self.tokenizer.stops,
+                n=cfg.samples_per_prompt, sampling=self.sampling, keys=[(cfg.seed, place) for place in places[share]],
+                strings=cfg.stop, text=self.tokenizer.decode, batch=cfg.rollout_batch, compiled=machine.compiled,
+                longest=self.longest))
+            clock["generate"] += time.perf_counter() - begin
+            return self.rewards([answered(e, some) for e, some in zip(examples, answers)],
+                                [[written(self.tokenizer, answer) for answer in some] for some in answers])
+        said = reward.together(machine, ask, cfg.bad_rewards)
+        every = machine.share(answers)
+        clock["draw"] += time.perf_counter() - begin
+        clock["tokens"] += sum(len(answer.ids) for ranks in every for some in ranks for answer in some)
+        number = lambda x: math.nan if isinstance(x, str) else x
+        at = [(i % machine.world, i // machine.world) for i in range(len(chosen))]
+        return [Group(example, every[rank][i], [*map(number, said[rank][i])]) for example, (rank, i) in zip(chosen, at)]
 
     def assemble(self, groups: list[Group]) -> Rollout:
         """Groups as examples that fit into a stream: where the answers to a prompt do not, it is there more than once."""
         examples, pieces = [], []
         for g in groups:
-            e = self.prompts.examples[g.example]
-            hold = max(1, (self.layout.tokens - len(e.prompt)) // self.cfg.max_new_tokens)
-            parts = [answered(e, g.answers[i:i + hold]) for i in range(0, len(g.answers), hold)]
+            whole = answered(self.prompts.examples[g.example], g.answers)
+            parts = data.cut(whole, self.layout.tokens, self.cfg.max_new_tokens)
             pieces.append(np.arange(len(examples), len(examples) + len(parts)))
             examples += parts
         return Rollout(groups, data.as_dataset(examples, Counter()), pieces, {}, {})
@@ -420,34 +419,30 @@ class Rollouts:
                 columns["reference_log_probs"] = self.reference(batch, ["log_probs"])["log_probs"]
             return columns
         columns = reference.sweep(of, made.dataset, self.layout, self.machine)
-        old = columns["old_log_probs"]
-        answers = [answer for g in made.groups for answer in g.answers]
+        old, answers = columns["old_log_probs"], [answer for g in made.groups for answer in g.answers]
         tensor = lambda values: torch.tensor(values, dtype=old.dtype, device=old.device)
         columns["rollout_log_probs"] = tensor([x for answer in answers for x in answer.log_probs])
         lengths = [len(answer.ids) for answer in answers]
-        size, ended = torch.tensor(lengths, device=old.device), torch.tensor([answer.ended for answer in answers], device=old.device)
         table = lambda column: pad_sequence(column.split(lengths), batch_first=True)  # (R, L)
+        size, ended = tensor(lengths), tensor([answer.ended for answer in answers])
         mask = torch.arange(max(lengths), device=old.device) < size[:, None]
 
-        scores = tensor([x for g in made.groups for x in g.rewards])
-        scores = scores.clamp(-cfg.reward_clip, cfg.reward_clip) if cfg.reward_clip else scores
-        scores = scores - cfg.missing_eos_penalty * (~ended).to(old)
-        if cfg.overlong_buffer:  # DAPO, arXiv:2503.14476 eq. 13
-            over = (size - (cfg.max_new_tokens - cfg.overlong_buffer)).clamp(min=0).to(old) / cfg.overlong_buffer
-            scores = scores - cfg.overlong_penalty * over
-        kl = losses.kl_estimate(table(old), table(columns["reference_log_probs"]), mask) if self.reference else torch.zeros_like(table(old))
+        scores = shaped(tensor([x for g in made.groups for x in g.rewards]), size, ended, cfg)
+        reference_logps = table(columns["reference_log_probs"] if self.reference else old)
+        kl = losses.kl_estimate(table(old), reference_logps, mask)
         values = table(columns["old_values"]) if "old_values" in columns else None
-        advantages, returns = ADVANTAGES[cfg.advantages](scores, -self.kl_coef * kl, values, mask, cfg.samples_per_prompt, cfg.gamma, cfg.lam)
+        advantages, returns = ADVANTAGES[cfg.advantages](
+            scores, -self.kl_coef * kl, values, mask, cfg.samples_per_prompt, cfg.gamma, cfg.lam)
         columns |= {"advantages": advantages[mask], "returns": returns[mask]}
 
         now = time.perf_counter()
-        metrics = {**made.metrics, "entropy": -old.mean().item(), "response_length": size.double().mean().item(),
-                   "ended": ended.double().mean().item(), "rollout/seconds": now - begin, "rollout/generate_seconds": clock["generate"],
-                   "rollout/reward_seconds": clock["reward"], "rollout/forward_seconds": now - forward,
-                   "rollout/tokens_per_second": len(old) / max(clock["generate"], 1e-9)}
+        metrics = {**made.metrics, "entropy": -old.mean().item(), "response_length": size.mean().item(),
+                   "ended": ended.mean().item(), "rollout/seconds": now - begin, "rollout/generate_seconds": clock["generate"],
+                   "rollout/reward_seconds": clock["draw"] - clock["generate"], "rollout/forward_seconds": now - forward,
+                   "rollout/tokens_per_second": clock["tokens"] / max(clock["generate"], 1e-9)}
         if values is not None:
-            metrics["value/explained_variance"] = 1 - ((columns["returns"] - columns["old_values"]).var(correction=0)
-                                                       / columns["returns"].var(correction=0).clamp(min=1e-12)).item()
+            missed = columns["returns"] - columns["old_values"]
+            metrics["value/explained_variance"] = 1 - (missed.var() / columns["returns"].var().clamp(min=1e-12)).item()
         if self.reference:
             metrics |= {"kl": kl[mask].mean().item(), "kl_coef": self.kl_coef}
             if cfg.kl_target:  # Ziegler et al., arXiv:1909.08593 section 2.2
@@ -467,6 +462,9 @@ class Rollouts:
     def restore(self, folder: Path, step: int, state: dict):
         self.drawn, self.kl_coef = state["drawn"], state["kl_coef"]
         if step % self.steps:
+            if not (folder / "rollout.safetensors").is_file():
+                raise ValueError(f"{folder}: no rollout.safetensors, and step {step} is in the middle of a rollout of "
+                                 f"{self.steps} steps; batch_size, rollout_prompts or rollout_epochs was another when it was saved")
             saved = load_file(folder / "rollout.safetensors")
             lengths, n = saved.pop("length").tolist(), self.cfg.samples_per_prompt
             answers = [Answer(ids.tolist(), [], bool(ended))

@@ -16,6 +16,8 @@ import sys
 import types
 from collections import Counter
 
+import torch
+
 import config
 import data
 import model
@@ -32,16 +34,18 @@ def language_model(name: str, cfg) -> reward.Scorer:
     policy = opened(name, cfg)
     if policy.stream != "log_probs":
         raise ValueError(f"{name} is no language model, it gives {policy.stream}; name one that answers")
+    if policy.machine.dtype in (torch.bfloat16, torch.float16):
+        policy.decoder = rollout.copied(policy.decoder, None, policy.machine.dtype)
     return policy
 
 
 def answers_to(prompts: list[list[int]], policy: reward.Scorer, cfg, n: int = 1, **options) -> list[list[rollout.Answer]]:
     """As the config's sampling keys have it; the i-th prompt's are a function of (seed, i)."""
-    with policy.machine.autocast():
-        return rollout.generate(
-            policy.decoder, prompts, max_new_tokens=cfg.max_new_tokens, stop=policy.tokenizer.stops, n=n, strings=cfg.stop,
-            sampling=rollout.Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p), text=policy.tokenizer.decode,
-            keys=[(cfg.seed, i) for i in range(len(prompts))], batch=cfg.rollout_batch, compiled=policy.machine.compiled, **options)
+    return rollout.generate(
+        policy.decoder, prompts, max_new_tokens=cfg.max_new_tokens, stop=policy.tokenizer.stops, n=n, strings=cfg.stop,
+        sampling=rollout.Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p), text=policy.tokenizer.decode,
+        keys=[(cfg.seed, i) for i in range(len(prompts))], batch=cfg.rollout_batch, compiled=policy.machine.compiled,
+        longest=cfg.max_length - cfg.max_new_tokens, **options)
 
 
 def ids_of(prompt: str | list, tokenizer: data.Tokenizer) -> list[int]:
@@ -78,7 +82,8 @@ def chat(options, cfg):
             text = tokenizer.decode(new).rstrip("\ufffd")  # of a character that is not whole
             print(text[len(shown):], end="", flush=True)
             shown = text
-        (answer,), = answers_to([ids], policy, types.SimpleNamespace(**{**vars(cfg), "seed": cfg.seed + turn}), check=1, watch=watch)
+        of_turn = types.SimpleNamespace(**{**vars(cfg), "seed": cfg.seed + turn})
+        (answer,), = answers_to([ids], policy, of_turn, check=1, watch=watch)
         print()
         messages.append({"role": "assistant", "content": rollout.written(tokenizer, answer)})
 
@@ -130,21 +135,14 @@ def report_steps(found: list[list], dataset: data.Dataset):
 
 def best(options, cfg):
     """Best of n: sampled answers ranked by a reward model, or by the lowest step of a process reward model."""
-    scorer, policy = opened(options.reward, cfg), opened(options.model, cfg)
+    scorer, policy = opened(options.reward, cfg), language_model(options.model, cfg)
     check = config.load([f"--config={options.check}"]).check if options.check else None
     prompts, said = data.load(options.data, "prompts", policy.tokenizer, cfg), []
-    if scorer.stream == "log_probs" or policy.stream != "log_probs":
-        raise ValueError(f"best wants a language model and a reward model; {options.model} gives {policy.stream} and "
-                         f"{options.reward} gives {scorer.stream}")
-    if scorer.stream == "reward":  # it reads the policy's ids
-        policy.tokenizer.same_ids(scorer.tokenizer)
+    rewards_of = reward.by_model(scorer, policy.tokenizer)
     answers = answers_to([e.prompt.tolist() for e in prompts.examples], policy, cfg, options.n)
     written = [[rollout.written(policy.tokenizer, a) for a in mine] for mine in answers]
-    by_steps = scorer.stream == "step_logits"
-    trees = [reward.in_steps(e, texts, scorer) if by_steps else rollout.answered(e, mine)
-             for e, mine, texts in zip(prompts.examples, answers, written)]
-    for e, texts, scores in zip(prompts.examples, written, scorer.scores(data.as_dataset(trees, prompts.counts))):
-        rewards = [score["min"] for score in scores] if by_steps else scores
+    trees = [rollout.answered(e, mine) for e, mine in zip(prompts.examples, answers)]
+    for e, texts, rewards in zip(prompts.examples, written, rewards_of(trees, written)):
         line = {"prompt": e.row["prompt"], "best": texts[rewards.index(max(rewards))], "answers": texts, "rewards": rewards}
         if check:
             right = [bool(check(e.row["prompt"], text, e.row)) for text in texts]

@@ -29,6 +29,7 @@ import data
 import losses
 import model
 import reference
+import reward
 import rollout
 
 
@@ -64,6 +65,13 @@ class Machine(NamedTuple):
         table = tensor.new_zeros(self.world, max(sizes))
         table[self.rank, :len(tensor)] = tensor
         return [row[:size] for row, size in zip(self.sum(table), sizes)]
+
+    def share(self, value) -> list:
+        """The value of every rank, whatever it is."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def barrier(self):
         if self.world > 1:
@@ -114,10 +122,13 @@ def train(cfg):
     apart = {"values"} if cfg.critic else set()  # what another model beside the policy says
     decoder, saved_dtype = model.load_model(cfg, machine, start_from, tokenizer, sorted({*outputs} - apart))
     if cfg.critic:
+        tokenizer.same_ids(data.Tokenizer(model.find_folder(folder_of(cfg.critic))))
         decoder.critic = model.load_model(cfg, machine, folder_of(cfg.critic), tokenizer, ["reward"])[0]
     datasets = {split: data.load(paths, kind, tokenizer, cfg, machine.rank == 0)
                 for split, paths in (("train", cfg.train_data), ("eval", cfg.eval_data)) if paths}
     prompts = datasets.pop("eval", None) if kind == "prompts" else None
+    if prompts and cfg.eval_prompts:
+        raise ValueError("eval_data and eval_prompts are both prompts to answer here; name one of them")
     for split, dataset in datasets.items():
         say(f"{split} rows: " + ", ".join(f"{dataset.counts[name]:,} {name}" for name in data.COUNTS))
         model.check_lengths(decoder, dataset, cfg.max_new_tokens)
@@ -150,12 +161,14 @@ def train(cfg):
         decoder, device_ids=[torch.cuda.current_device()] if machine.device == "cuda" else None,
         gradient_as_bucket_view=True, broadcast_buffers=False)
     named = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
-    critics = {name for name in named if name.split(".")[0] in model.CRITIC}
-    parameters, policy = [*named.values()], [p for name, p in named.items() if name not in critics]
-    groups = [{"params": [p for name, p in named.items() if (name in critics, p.dim() > 1) == (of_critic, matrix)],
-               "weight_decay": cfg.weight_decay * matrix, "scale": (cfg.critic_lr / cfg.lr if of_critic and cfg.critic_lr else 1.0)}
-              for of_critic in (False, True) for matrix in (False, True)]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, fused=True)
+    groups, parameters, policy = {}, [*named.values()], []
+    for name, parameter in named.items():
+        of_critic = name.split(".")[0] in model.CRITIC
+        groups.setdefault((parameter.dim() > 1, of_critic), []).append(parameter)
+        policy += [] if of_critic else [parameter]
+    optimizer = torch.optim.AdamW(
+        [{"params": group, "weight_decay": cfg.weight_decay * matrix, "peak": of_critic and cfg.critic_lr or cfg.lr}
+         for (matrix, of_critic), group in sorted(groups.items(), reverse=True)], lr=cfg.lr, betas=cfg.betas, fused=True)
     scaler = torch.amp.GradScaler(machine.device, enabled=machine.dtype == torch.float16)
     steps = cfg.max_steps or math.ceil(cfg.epochs * supply.per_epoch)
     done = resume(out, decoder, optimizer, scaler, running, supply, machine, say) if cfg.resume else 0
@@ -198,11 +211,19 @@ def train(cfg):
     def save(step: int):
         save_checkpoint(out, step, decoder, optimizer, scaler, running, supply, cfg, machine)
 
+    def unless_lost(done: int, act: Callable):
+        """act(steps done), which calls the user's functions: if one of them fails, nothing of the run is lost."""
+        try:
+            return act(done)
+        except ValueError:
+            save(done)
+            raise
+
     # The loop
     if machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "run.json", {"digest": digest, "finished": False, "config": config.as_json(cfg)})
-    first = {} if done else evaluate(0)
+    first = {} if done else unless_lost(0, evaluate)
     last, show = first, next((t.objective.show for t in terms if t.objective.show), None)
     bar = tqdm(total=steps, initial=done, desc=out.name, disable=machine.rank > 0, mininterval=0.2 if sys.stderr.isatty() else 30,
                bar_format="{desc} |{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")  # fits 80 columns
@@ -211,11 +232,7 @@ def train(cfg):
     begin, since, tokens = time.perf_counter(), 0, 0  # of the steps since the last line
     for step in range(done + 1, steps + 1):  # its number is that of the steps done when it ends
         pause = time.perf_counter()
-        try:
-            dataset, rows = supply.rows(step - 1)
-        except ValueError:  # a reward's: nothing of the run is lost
-            save(step - 1)
-            raise
+        dataset, rows = unless_lost(step - 1, supply.rows)
         begin += time.perf_counter() - pause
         batches, counts = data.micro_batches(dataset, rows, layout, machine.rank, machine.world)
         for source in sources:
@@ -230,9 +247,9 @@ def train(cfg):
                 scaler.scale(loss * machine.world).backward()  # DDP averages over ranks, the counts are of all of them
             meter.add(loss, metrics)
         add_step(running, meter, machine)
-        lr = learning_rate(cfg, step - 1, steps)
+        lr = learning_rate(cfg, cfg.lr, step - 1, steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+            group["lr"] = learning_rate(cfg, group["peak"], step - 1, steps)
         for parameter in policy if step <= cfg.critic_warmup else ():
             parameter.grad = None  # the optimizer passes it by
         scaler.unscale_(optimizer)
@@ -255,7 +272,7 @@ def train(cfg):
             begin, since, tokens = time.perf_counter(), 0, 0
         pause = time.perf_counter()
         if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
-            last = evaluate(step)
+            last = unless_lost(step, evaluate)
         if cfg.save_every and step % cfg.save_every == 0:
             save(step)
         begin += time.perf_counter() - pause
@@ -504,31 +521,30 @@ class Meter:
         return means | {name: means[a] - means[b] for name, (a, b) in losses.DERIVED.items() if a in means and b in means}
 
 
-def learning_rate(cfg, step: int, steps: int) -> float:
-    """lr of a step counted from 0: linear warmup over warmup_steps, then the schedule, which would reach min_lr at the
+def learning_rate(cfg, peak: float, step: int, steps: int) -> float:
+    """That of a step counted from 0: linear warmup over warmup_steps, then the schedule, which would reach min_lr at the
     step after the last."""
     if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / cfg.warmup_steps
+        return peak * (step + 1) / cfg.warmup_steps
     part = (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)
     shape = {"constant": 1.0, "linear": 1 - part, "cosine": (1 + math.cos(math.pi * part)) / 2}[cfg.schedule]
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * shape
+    return cfg.min_lr + (peak - cfg.min_lr) * shape
 
 
 def judge(decoder, tokenizer, prompts, rewards, cfg, machine: Machine) -> dict[str, float]:
     """Greedy answers to prompts: the share that passes cfg.check, and their mean reward."""
     mine = prompts.examples[machine.rank::machine.world]
     answers = rollout.generate(decoder, [e.prompt.tolist() for e in mine], max_new_tokens=cfg.max_new_tokens, stop=tokenizer.stops,
-                               strings=cfg.stop, text=tokenizer.decode)
-    texts, sums = [rollout.written(tokenizer, answer) for (answer,) in answers], {}
+                               strings=cfg.stop, text=tokenizer.decode, batch=cfg.rollout_batch)
+    texts, found = [rollout.written(tokenizer, answer) for (answer,) in answers], {}
     if cfg.check:
-        sums["exact_match"] = sum(bool(cfg.check(e.row["prompt"], text, e.row)) for e, text in zip(mine, texts))
+        found["exact_match"] = [cfg.check(e.row["prompt"], text, e.row) for e, text in zip(mine, texts)]
     if rewards:
-        said = rewards([rollout.answered(e, some) for e, some in zip(mine, answers)], [[text] for text in texts])
-        wrong = [value for (value,) in said if isinstance(value, str)]
-        if machine.sum(torch.tensor(float(len(wrong)), device=machine.device)):
-            raise ValueError(wrong[0] if wrong else "a reward failed on another rank")
-        sums["reward"] = sum(value for (value,) in said)
-    return dict(zip(sums, (machine.sum(torch.tensor([*map(float, sums.values())], device=machine.device)) / len(prompts)).tolist()))
+        trees = [rollout.answered(e, some) for e, some in zip(mine, answers)]
+        said = reward.together(machine, lambda: rewards(trees, [[text] for text in texts]), cfg.bad_rewards)[machine.rank]
+        found["reward"] = [value for (value,) in said if not isinstance(value, str)]
+    counts = torch.tensor([[sum(map(float, x)), len(x)] for x in found.values()], dtype=torch.float64, device=machine.device)
+    return {name: total / max(count, 1) for name, (total, count) in zip(found, machine.sum(counts).tolist())}
 
 
 REWARD = ("reward_mean", "reward_std")  # of the eval rows, in the config.json of a reward model
@@ -611,7 +627,8 @@ def save_checkpoint(out: Path, step: int, decoder, optimizer, scaler, running: d
             save_file({f"{n}.{key}": value for n, p in weights.items() for key, value in optimizer.state[p].items()},
                       folder / "optimizer.safetensors")
             write_json(folder / "state.json", {"step": step, "world_size": machine.world, "scaler": scaler.state_dict(),
-                                               "supply": supply.save(folder, step), "running": {name: pair.tolist() for name, pair in running.items()},
+                                               "supply": supply.save(folder, step),
+                                               "running": {name: pair.tolist() for name, pair in running.items()},
                                                "reward": {k: v for k, v in decoder.config.items() if k in REWARD},
                                                "config": config.as_json(cfg)})
         publish(out / f"checkpoint-{step}", write)
@@ -628,7 +645,7 @@ def resume(out: Path, decoder, optimizer, scaler, running: dict, supply, machine
     say(f"resuming from {folder}" if folder else f"{out} holds no checkpoint: starting from step 0")
     if machine.rank == 0 and (out / "metrics.jsonl").is_file():
         lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and folder and json.loads(line)["step"] <= step]
+        kept = [line for line in lines if line.endswith("\n") and step and json.loads(line)["step"] <= step]
         (out / "metrics.jsonl").write_text("".join(kept))
     if not folder:
         return 0

@@ -4,7 +4,7 @@
 """
 from tasks.arithmetic.task import exact, is_right
 
-objective = "ppo"  # the clipped loss; what makes it GRPO is where its advantages come from
+objective = {"ppo": 1.0, "kl": 0.01}  # the clipped loss; what makes it GRPO is where its advantages come from
 init_from = "configs/sft.py"
 train_data = "tasks/arithmetic/problems.jsonl"
 eval_prompts = "tasks/arithmetic/problems_eval.jsonl"
@@ -17,7 +17,7 @@ advantages = "group_norm"
 samples_per_prompt = 8
 reduction = "sequence"
 batch_size = 64  # prompts
-max_steps = 200
+max_steps = 300
 lr = 5e-4
 warmup_steps = 10
 eval_every = 20

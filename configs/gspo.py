@@ -4,7 +4,6 @@
 """
 from configs.grpo import *
 
-objective = "gspo"
-del reduction
+objective = {"gspo": 1.0, "kl": 0.01}
 rollout_prompts = 128
 out_dir = "out/gspo"

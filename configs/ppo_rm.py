@@ -7,5 +7,6 @@ from configs.ppo import *
 reward = "configs/rm.py"
 critic = "configs/rm.py"
 critic_warmup = 8
-kl_coef = 0.05
+kl_coef = 0.5
+max_steps = 200
 out_dir = "out/ppo_rm"

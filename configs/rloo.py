@@ -4,6 +4,6 @@
 """
 from configs.grpo import *
 
-objective = "reinforce"
+objective = {"reinforce": 1.0, "kl": 0.01}
 advantages = "rloo"
 out_dir = "out/rloo"

@@ -143,9 +143,9 @@ def test_an_option_that_a_loss_would_not_heed_is_refused(arguments):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--objective=simpo", "--reference=x"], "reference = 'x': simpo reads no reference"),
-    (["--objective=sft", "--reference_live"], "reference_live = True: sft reads no reference"),
-    (["--objective=dpo", "--reference_free", "--reference=x"], "reference = 'x': dpo reads no reference"),
+    (["--objective=simpo", "--reference=x"], "reference = 'x' does nothing in simpo without a loss that reads a reference"),
+    (["--objective=sft", "--reference_live"], "reference_live = True does nothing in sft without a loss on fixed rows that reads a reference"),
+    (["--objective=dpo", "--reference_free", "--reference=x"], "reference = 'x' does nothing in dpo without a loss that reads a reference"),
     (["--objective=dpo", "--reference_free", "--f_divergence=js"], "f_divergence = 'js' is of the policy and its reference, which reference_free leaves")])
 def test_a_reference_that_nothing_reads_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

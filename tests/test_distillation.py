@@ -115,7 +115,7 @@ def test_what_a_teacher_must_be(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match="distillation needs teacher"):
         train.train(config.load([*options(tmp_path, "kd"), "--teacher="]))
-    with pytest.raises(ValueError, match="teacher = 'x': sft reads no teacher; leave it out"):
+    with pytest.raises(ValueError, match="teacher = 'x' does nothing in sft without distillation; leave it out"):
         train.train(config.load([*options(tmp_path, "sft"), "--teacher=x"]))
     changed = (ROOT / "tasks/arithmetic/tokenizer.json").read_text().replace('"7": 10', '"7": 11').replace('"8": 11', '"8": 10')
     options(tmp_path, "kd")

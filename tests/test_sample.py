@@ -91,7 +91,7 @@ def test_best_of_n_takes_the_highest_reward(reward_run, tmp_path, monkeypatch, c
     assert found == [json.loads(line) for line in open(tmp_path / "b.jsonl")]  # a function of the seed
     with pytest.raises(SystemExit, match="best needs --reward"):
         sample.main(["best", "--model=x", "--data=y"])
-    with pytest.raises(SystemExit, match="wants a language model and a reward model"):
+    with pytest.raises(SystemExit, match="is no language model, it gives reward"):
         sample.main([*given[:1], f"--model={reward_run}", *given[2:]])
 
 

@@ -322,6 +322,6 @@ def test_a_missing_stage_is_run_first(tmp_path, monkeypatch):
 
 def test_learning_rate():
     cfg = config.load(["--lr=1.0", "--warmup_steps=4", "--schedule=linear", "--min_lr=0.2"])
-    assert [train.learning_rate(cfg, s, 8) for s in range(8)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.8, 0.6, 0.4])
+    assert [train.learning_rate(cfg, cfg.lr, s, 8) for s in range(8)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.8, 0.6, 0.4])
     cfg = config.load(["--lr=1.0", "--schedule=cosine"])
-    assert [train.learning_rate(cfg, s, 4) for s in range(4)] == pytest.approx([1, 0.8535533, 0.5, 0.1464466])
+    assert [train.learning_rate(cfg, cfg.lr, s, 4) for s in range(4)] == pytest.approx([1, 0.8535533, 0.5, 0.1464466])
