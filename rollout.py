@@ -463,8 +463,8 @@ class Rollouts:
         self.drawn, self.kl_coef = state["drawn"], state["kl_coef"]
         if step % self.steps:
             if not (folder / "rollout.safetensors").is_file():
-                raise ValueError(f"{folder}: no rollout.safetensors, and step {step} is in the middle of a rollout of "
-                                 f"{self.steps} steps; batch_size, rollout_prompts or rollout_epochs was another when it was saved")
+                raise ValueError(f"{folder}: no rollout.safetensors, and step {step} is inside a rollout of {self.steps} steps; "
+                                 f"batch_size, rollout_prompts or rollout_epochs were others when it was saved")
             saved = load_file(folder / "rollout.safetensors")
             lengths, n = saved.pop("length").tolist(), self.cfg.samples_per_prompt
             answers = [Answer(ids.tolist(), [], bool(ended))
