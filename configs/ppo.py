@@ -12,5 +12,5 @@ rollout_epochs = 2
 batch_size = 256
 kl_coef = 0.01
 reduction = "token"
-max_steps = 400
+max_steps = 600
 out_dir = "out/ppo"
