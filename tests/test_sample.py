@@ -260,3 +260,61 @@ def test_unlabelled_steps_do_not_count(tmp_path, monkeypatch):
 def test_a_model_has_one_score_head():
     with pytest.raises(ValueError, match="of score heads with 1 and 2 labels; a model has one|of score heads with 2 and 1"):
         model.modules(["reward", "step_logits"])
+
+
+@pytest.fixture(scope="module")
+def language_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sft")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        train.train(config.load(options(folder, "sft", max_steps=1, dtype="float32", eval_data=ROWS["sft"])))
+    return folder / "run"
+
+
+def test_generate_answers_rows_and_a_prompt(language_run, tmp_path, monkeypatch, capsys):
+    """Answers in the rows' order, n of each, the same for the same seed; at temperature 0 the one that rollout.generate gives."""
+    monkeypatch.chdir(ROOT)
+    given = ["generate", f"--model={language_run}", "--data=tasks/arithmetic/problems_eval.jsonl", "--max_new_tokens=5", "--device=cpu"]
+    sample.main([*given, "--n=2", f"--out={tmp_path / 'a.jsonl'}"])
+    sample.main([*given, "--n=2", f"--out={tmp_path / 'b.jsonl'}", "--rollout_batch=7"])
+    sample.main([*given, "--n=2", f"--out={tmp_path / 'c.jsonl'}", "--seed=1"])
+    a, b, c = ([json.loads(line) for line in open(tmp_path / f"{name}.jsonl")] for name in "abc")
+    assert a == b != c and [row["prompt"] for row in a] == [json.loads(line)["prompt"] for line in open("tasks/arithmetic/problems_eval.jsonl")]
+    assert all(len(row["answers"]) == 2 for row in a)
+    sample.main(["generate", f"--model={language_run}", "--prompt=1+2+3+4=", "--temperature=0", "--max_new_tokens=5", "--device=cpu"])
+    said = json.loads(capsys.readouterr().out)
+    decoder, tokenizer = model.load(language_run / "model")[0], data.Tokenizer(language_run / "model")
+    ids = tokenizer.fast.encode("1+2+3+4=").ids
+    (answer,), = sample.rollout.generate(decoder, [ids], max_new_tokens=5, stop=tokenizer.stops)
+    assert said == {"prompt": "1+2+3+4=", "answers": [sample.rollout.written(tokenizer, answer)]}
+    with pytest.raises(SystemExit, match="generate needs --data"):
+        sample.main(["generate", f"--model={language_run}"])
+
+
+def test_chat_is_a_conversation(smollm2, monkeypatch, capsys):
+    """The second answer knows of the first question; tokens are shown as they come, and add up to the answer."""
+    said = iter(["What is the capital of France?", "And of Italy?"])
+
+    def ask(prompt):
+        try:
+            return next(said)
+        except StopIteration:
+            raise EOFError from None
+    monkeypatch.setattr("builtins.input", ask)
+    sample.main(["chat", f"--model={smollm2}", "--temperature=0", "--max_new_tokens=16", "--device=cpu"])
+    first, second = capsys.readouterr().out.strip().splitlines()
+    assert "Paris" in first and "Rome" in second
+
+
+def test_runs_are_drawn(language_run, reward_run, tmp_path, capsys):
+    """A PNG of whatever metrics there are, of a run that is still being written too; clear errors."""
+    pytest.importorskip("matplotlib")
+    import plot
+    (tmp_path / "metrics.jsonl").write_text((language_run / "metrics.jsonl").read_text() + '{"step": 9, "spl')
+    plot.main([str(language_run), str(reward_run), str(tmp_path), f"--out={tmp_path / 'all.png'}"])
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG") and capsys.readouterr().out.strip() == str(tmp_path / "all.png")
+    assert plot.points(plot.read(str(language_run)), "eval", "loss")[0] == [0, 1] and plot.smooth([1.0, 3.0]) == [1.0, 3.0]
+    with pytest.raises(SystemExit, match="no metrics.jsonl there"):
+        plot.main([str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="none of nothing is in"):
+        plot.main([str(language_run), "--only=nothing"])
