@@ -1,4 +1,4 @@
-"""Speed and memory side by side on one machine: `python bench.py losses`, `head` or `generate`, each a Markdown table.
+"""Speed and memory side by side on one machine: `python bench.py losses`, `head`, `generate` or `dpo`, each a Markdown table.
 
 Everything compared does the same work on the same tensors, in turn, and the median of the rounds is shown; peak is memory
 above what was there before. Liger-Kernel, cut-cross-entropy and transformers are measured where they are installed.
@@ -10,12 +10,14 @@ import gc
 import importlib
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import data
 import losses
 import model
 import rollout
@@ -277,6 +279,108 @@ def bench_generate(device: str, rounds: int, only: str, folder: str):
                 print(f"| {of} | {name} | {speed} | {memory:,.0f} | {whole:,.0f} |", flush=True)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# A DPO step, from the usual one to ours
+
+
+LENGTHS = {"HH-like": (118, 43), "UltraFeedback-like": (180, 300), "TL;DR-like": (350, 35)}  # mean tokens of prompts and responses
+
+
+def pairs_of(kind: str, count: int, vocab: int) -> data.Dataset:
+    """Random ids of log-normal lengths."""
+    rng, (prompt, response) = np.random.default_rng(0), LENGTHS[kind]
+    draw = lambda mean: rng.integers(3, vocab, max(4, int(mean * rng.lognormal(-0.18, 0.6)))).astype(np.int32)
+    return data.as_dataset([data.Example(draw(prompt), responses := [draw(response), draw(response)],
+                                         [np.ones(len(r), bool) for r in responses], [True, False], [0], [1], [0.0], kind)
+                            for _ in range(count)], Counter())
+
+
+def padded_logps(decoder, examples: list) -> torch.Tensor:
+    """The usual way, and the oracle: chosen and rejected rows padded to the longest, logits of every token -> sums (2, P)."""
+    device = decoder.lm_head.weight.device
+    rows = [(e.prompt, e.responses[side]) for side in (0, 1) for e in examples]
+    longest = max(len(p) + len(r) for p, r in rows)
+    pad = lambda p, r, made: np.pad(made, (0, longest - len(p) - len(r)))
+    table = lambda make: torch.from_numpy(np.stack([pad(p, r, make(p, r)) for p, r in rows])).to(device)
+    tokens = table(lambda p, r: np.concatenate([p, r]).astype(np.int64))
+    scored = table(lambda p, r: np.concatenate([np.zeros(len(p), bool), np.ones(len(r), bool)]))
+
+    def attend(layer, q, k, v):
+        q, k, v = (x.view(*tokens.shape, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
+    hidden = decoder.model(tokens.flatten(), torch.arange(longest, device=device).repeat(len(rows)), attend)
+    logits = decoder.lm_head(hidden).view(*tokens.shape, -1)
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    return (logps * scored[:, 1:]).sum(-1).view(2, -1)
+
+
+def packed_logps(decoder, dataset, layout, head: str) -> torch.Tensor:
+    """One packed stream -> sums (2, P). head: "all" (logits of every token), "scored" (of scored ones), "fused". Of a dataset of
+    single responses, chosen and rejected alternate; of pairs, both share their prompt."""
+    (batch,), _ = data.micro_batches(dataset, np.arange(len(dataset)), layout)
+    if head == "fused":
+        logps = decoder(batch, ["log_probs"])["log_probs"]
+    else:
+        hidden, at = decoder.hidden(batch), batch["predict_from"]
+        logits = decoder.lm_head(hidden if head == "all" else hidden[at]).log_softmax(-1)
+        logps = (logits[at] if head == "all" else logits).gather(1, batch["target"][:, None])[:, 0]
+    sums, single = losses.by_response(batch, logps).sum(-1), len(dataset.examples[0].responses) == 1
+    place = batch["rows"] if single else 2 * batch["rows"] + batch["rank"]
+    return torch.zeros_like(sums).index_put((place,), sums).view(-1, 2).t()
+
+
+def bench_dpo(device: str, rounds: int, only: str, folder: str):
+    """The ladder: what each of our ways adds to the usual step, forward, backward and AdamW."""
+    if not folder:
+        raise SystemExit("dpo needs --model, a model folder")
+    count = 8
+    print(f"A DPO step of {count} pairs, {folder}, fp32, {where(device)}; loss and gradient: against the padded step's.\n")
+    print("| lengths | step | seconds | ratio | peak, MB | loss | gradient |\n|---|---|---|---|---|---|---|")
+    path = model.find_folder(folder)
+    decoder, frozen = (model.load(path)[0].to(device) for _ in range(2))
+    frozen.requires_grad_(False)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.0, fused=True)
+    for kind in LENGTHS:
+        if only and not any(word in kind for word in only.split(",")):
+            continue
+        dataset = pairs_of(kind, count, decoder.shape.vocab_size)
+        single = data.as_dataset([data.with_responses(e, [r])._replace(chosen=[], rejected=[], margin=[])
+                                  for e in dataset.examples for r in e.responses], Counter())
+        layouts = {id(d): data.Layout(sum(e.length for e in d.examples), False, False, losses.head_chunk(
+            decoder.shape.vocab_size, device), device) for d in (dataset, single)}
+        usual = lambda m: padded_logps(m, dataset.examples)
+        ways = {"padded, as usual": (usual, None)}
+        ways["+ packing"] = (lambda m: packed_logps(m, single, layouts[id(single)], "all"), None)
+        ways["+ head on scored tokens"] = (lambda m: packed_logps(m, single, layouts[id(single)], "scored"), None)
+        ways["+ prefix sharing"] = (lambda m: packed_logps(m, dataset, layouts[id(dataset)], "scored"), None)
+        with torch.no_grad():
+            table = packed_logps(frozen, dataset, layouts[id(dataset)], "fused")
+        ways["+ cached reference"] = (ways["+ prefix sharing"][0], table)
+        ways["+ fused head (ours)"] = (lambda m: packed_logps(m, dataset, layouts[id(dataset)], "fused"), table)
+
+        def step(way, update=True):
+            logps, cached = way
+            with torch.no_grad():
+                reference = logps(frozen) if cached is None else cached
+            loss = losses.dpo(*logps(decoder), *reference, beta=0.1)[0].sum() / count
+            loss.backward()
+            grad = None if update else torch.cat([p.grad.flatten() for p in decoder.parameters()])
+            if update:
+                optimizer.step()
+            optimizer.zero_grad()
+            return loss.item(), grad
+        found = {name: step(way, update=False) for name, way in ways.items()}
+        true_loss, true_grad = next(iter(found.values()))
+        error = {name: (abs(loss - true_loss), ((grad - true_grad).norm() / true_grad.norm()).item())
+                 for name, (loss, grad) in found.items()}
+        del found, true_grad
+        times = measure({name: lambda way=way: step(way) for name, way in ways.items()}, device, rounds)
+        base = next(iter(times.values()))[0]
+        for name, (seconds, memory) in times.items():
+            off = "{:.0e} | {:.0e}".format(*error[name])
+            print(f"| {kind} | {name} | {seconds:.2f} | {base / seconds:.2f}x | {memory:,.0f} | {off} |", flush=True)
+
+
 def where(device: str) -> str:
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     return f"{name}, torch {torch.__version__.split('+')[0]}"
@@ -284,14 +388,14 @@ def where(device: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("losses", "head", "generate"))
+    parser.add_argument("what", choices=("losses", "head", "generate", "dpo"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="names, or parts of them, separated by commas")
-    parser.add_argument("--model", default="", help="generate: the model's folder")
+    parser.add_argument("--model", default="", help="generate, dpo: the model's folder")
     arguments = parser.parse_args()
     given = (arguments.device, arguments.rounds, arguments.only)
-    if arguments.what == "generate":
-        bench_generate(*given, arguments.model)
+    if arguments.what in ("generate", "dpo"):
+        {"generate": bench_generate, "dpo": bench_dpo}[arguments.what](*given, arguments.model)
     else:
         {"losses": bench_losses, "head": bench_head}[arguments.what](*given)
