@@ -1,6 +1,8 @@
 """Arithmetic GRPO from the SFT model: eight answers to a prompt, the right ones reinforced.
 
     python train.py --config configs/grpo.py
+
+Two to three minutes on two CPU cores after the SFT stage. Exact match of held-out sums: 0.10 to 0.13 -> 0.95 to 0.98.
 """
 from tasks.arithmetic.task import exact, is_right
 

@@ -2,6 +2,9 @@
 
     python train.py --config configs/smollm2_gsm8k.py --init_from=path/to/SmolLM2-135M-Instruct \\
         --train_data=gsm8k-train.jsonl --eval_data=gsm8k-test.jsonl
+
+Three steps of 4 prompts with 4 answers of 96 tokens took a minute on one CPU core; a whole run was not made. A model of this
+size rarely finds the number: groups that agree teach nothing and are left out.
 """
 import re
 
