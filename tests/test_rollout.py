@@ -50,7 +50,9 @@ def test_tokens_and_log_probs_are_those_of_whole_sequences(family, compiled):
         for answer in some:
             assert answer.ended == (answer.ids[-1] in {5, 6}) and not {5, 6} & set(answer.ids[:-1])
             expected = trainer_log_probs(decoder, prompt, answer.ids, 0.8)
-            assert (torch.tensor(answer.log_probs, dtype=torch.float64) - expected).abs().max() < 1e-10
+            # rotary angles are fp32 in every precision, and a compiled cosine of them differs in its last bit
+            within = 1e-6 if compiled else 1e-10
+            assert (torch.tensor(answer.log_probs, dtype=torch.float64) - expected).abs().max() < within
     for prompt, (answer,) in zip(prompts, rollout.generate(decoder, prompts, max_new_tokens=9, stop=set(), batch=4, compiled=compiled)):
         logits = decoder.logits(torch.tensor([*prompt, *answer.ids]))
         assert answer.ids == logits.argmax(-1)[len(prompt) - 1:-1].tolist() and len(answer.ids) == 9
