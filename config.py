@@ -344,7 +344,7 @@ def digest(cfg: types.SimpleNamespace) -> str:
              "eval_data", "eval_prompts", "eval_every", "check", "max_new_tokens"}
     apart |= {"objective", "nll_coef"}  # in weights and bound, and so is
     apart |= {key for name, given in cfg.bound.items() for k in given for key in (k, f"{name}_{k}")}
-    apart -= {"max_new_tokens"} if data_kind(cfg) == "prompts" else set()
+    apart -= {"max_new_tokens"} if rolls(cfg) else set()
     kept = {key: value for key, value in as_json(cfg).items() if key not in apart}
     for path in [path for path in models(cfg) if path.endswith(".py")]:
         kept[path] = digest(load_stage(path, cfg))

@@ -7,7 +7,6 @@ Shapes: B rows of a batch, C cache slots, H query heads, K key-value heads, E he
 longest response, n responses a prompt.
 """
 import functools
-import itertools
 import math
 import time
 from collections import Counter
@@ -37,6 +36,10 @@ class Sampling(NamedTuple):
     top_k: int = 0  # of the k most likely; 0: of all
     top_p: float = 1.0  # of the most likely that have this probability together
     min_p: float = 0.0  # of those with at least this share of the most likely one's probability
+
+    @classmethod
+    def of(cls, cfg) -> "Sampling":
+        return cls(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p)
 
 
 GREEDY = Sampling(0.0)
@@ -72,6 +75,12 @@ def generate(decoder, prompts: list[list[int]], *, max_new_tokens: int, stop: se
         rows = _generate(decoder, padded, len(some), n, slots, max_new_tokens, stop, sampling, uniform, look, check, compiled)
         answers += [rows[i * n:(i + 1) * n] for i in range(len(some))]
     return answers
+
+
+def answers_to(prompts: list[list[int]], decoder, tokenizer: data.Tokenizer, cfg, **options) -> list[list[Answer]]:
+    """`generate` as a config has it: how long, what ends an answer, how many side by side."""
+    return generate(decoder, prompts, max_new_tokens=cfg.max_new_tokens, stop=tokenizer.stops, strings=cfg.stop,
+                    text=tokenizer.decode, batch=cfg.rollout_batch, **options)
 
 
 def _generate(decoder, prompts, real, n, slots, max_new_tokens, stop, sampling, uniform, look, check, compiled) -> list[Answer]:
@@ -320,9 +329,7 @@ class Rollouts:
             decoder.temperature = cfg.temperature
         if (cfg.top_k or cfg.top_p < 1 or cfg.min_p) and run.machine.rank == 0:
             print("warning: with top_k, top_p or min_p, answers are drawn from a part of the distribution that losses are of")
-        self.sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p)
-        self.sampler = self.decoder if run.machine.dtype in (torch.float32, torch.float64) else None
-        self.longest = max(len(e.prompt) for e in self.prompts.examples)
+        self.sampler, self.longest = None, max(len(e.prompt) for e in self.prompts.examples)
         self.drawn, self.kl_coef, self.now = 0, cfg.kl_coef, None  # prompts drawn so far
 
     @staticmethod
@@ -382,10 +389,9 @@ class Rollouts:
         examples, answers = [self.prompts.examples[i] for i in chosen[share]], []
 
         def ask():
-            answers.extend(generate(
-                self.sampler, [e.prompt.tolist() for e in examples], max_new_tokens=cfg.max_new_tokens, stop=self.tokenizer.stops,
-                n=cfg.samples_per_prompt, sampling=self.sampling, keys=[(cfg.seed, place) for place in places[share]],
-                strings=cfg.stop, text=self.tokenizer.decode, batch=cfg.rollout_batch, compiled=machine.compiled,
+            answers.extend(answers_to(
+                [e.prompt.tolist() for e in examples], self.sampler, self.tokenizer, cfg, n=cfg.samples_per_prompt,
+                sampling=Sampling.of(cfg), keys=[(cfg.seed, place) for place in places[share]], compiled=machine.compiled,
                 longest=self.longest))
             clock["generate"] += time.perf_counter() - begin
             return self.rewards([answered(e, some) for e, some in zip(examples, answers)],
@@ -475,8 +481,9 @@ class Rollouts:
 
 
 def copied(decoder, sampler, dtype: torch.dtype):
-    """The decoder itself where it computes in its weights' dtype; else a copy of its language model in the lower one."""
-    if sampler is decoder:
+    """The decoder itself where it computes in its weights' dtype; else a copy of its language model in the lower one: the sampler
+    made before, if there is one, with the weights of now."""
+    if dtype not in (torch.bfloat16, torch.float16):
         return decoder
     if sampler is None:
         with torch.device(decoder.lm_head.weight.device):

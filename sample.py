@@ -20,7 +20,6 @@ import torch
 
 import config
 import data
-import model
 import reward
 import rollout
 import train
@@ -34,17 +33,15 @@ def language_model(name: str, cfg) -> reward.Scorer:
     policy = opened(name, cfg)
     if policy.stream != "log_probs":
         raise ValueError(f"{name} is no language model, it gives {policy.stream}; name one that answers")
-    if policy.machine.dtype in (torch.bfloat16, torch.float16):
-        policy.decoder = rollout.copied(policy.decoder, None, policy.machine.dtype)
+    policy.decoder = rollout.copied(policy.decoder, None, policy.machine.dtype)
     return policy
 
 
 def answers_to(prompts: list[list[int]], policy: reward.Scorer, cfg, n: int = 1, **options) -> list[list[rollout.Answer]]:
     """As the config's sampling keys have it; the i-th prompt's are a function of (seed, i)."""
-    return rollout.generate(
-        policy.decoder, prompts, max_new_tokens=cfg.max_new_tokens, stop=policy.tokenizer.stops, n=n, strings=cfg.stop,
-        sampling=rollout.Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p), text=policy.tokenizer.decode,
-        keys=[(cfg.seed, i) for i in range(len(prompts))], batch=cfg.rollout_batch, compiled=policy.machine.compiled,
+    return rollout.answers_to(
+        prompts, policy.decoder, policy.tokenizer, cfg, n=n, sampling=rollout.Sampling.of(cfg),
+        keys=[(cfg.seed, i) for i in range(len(prompts))], compiled=policy.machine.compiled,
         longest=cfg.max_length - cfg.max_new_tokens, **options)
 
 

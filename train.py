@@ -534,8 +534,7 @@ def learning_rate(cfg, peak: float, step: int, steps: int) -> float:
 def judge(decoder, tokenizer, prompts, rewards, cfg, machine: Machine) -> dict[str, float]:
     """Greedy answers to prompts: the share that passes cfg.check, and their mean reward."""
     mine = prompts.examples[machine.rank::machine.world]
-    answers = rollout.generate(decoder, [e.prompt.tolist() for e in mine], max_new_tokens=cfg.max_new_tokens, stop=tokenizer.stops,
-                               strings=cfg.stop, text=tokenizer.decode, batch=cfg.rollout_batch)
+    answers = rollout.answers_to([e.prompt.tolist() for e in mine], decoder, tokenizer, cfg)
     texts, found = [rollout.written(tokenizer, answer) for (answer,) in answers], {}
     if cfg.check:
         found["exact_match"] = [cfg.check(e.row["prompt"], text, e.row) for e, text in zip(mine, texts)]

@@ -1,8 +1,6 @@
 """Generation is what the model says, and rollouts are what the losses take them for. Real models, tokenizers and runs."""
-import contextlib
 import json
 import math
-import types
 
 import numpy as np
 import pytest
@@ -11,14 +9,12 @@ from safetensors.torch import load_file
 
 import config
 import data
-import losses
 import model
 import reward
 import rollout
 import train
 from conftest import ROOT, TINY, tiny
 from test_train import REWARD, ROWS, SMALL, TIMES, assert_close, lines, options, run, weights
-from train import Machine
 
 DRAW = rollout.Sampling(0.8)
 
