@@ -393,8 +393,8 @@ class Decoder(nn.Module):
         """Compile in place: parameter names stay clean and every layer shares one graph per half."""
         self.compiled = True
         for block in self.model.layers:
-            block.before = torch.compile(block.before, fullgraph=True, dynamic=False)
-            block.after = torch.compile(block.after, fullgraph=True, dynamic=False)
+            block.before = torch.compile(block.before, fullgraph=True)
+            block.after = torch.compile(block.after, fullgraph=True)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(L,) -> (L, V): one sequence, every position. For tests and for reading; training never builds this."""
@@ -593,9 +593,11 @@ def load_model(cfg, machine, name: str, tokenizer, outputs: list[str]) -> tuple[
 
 def check_lengths(decoder: Decoder, dataset, answer: int = 0):
     """answer: tokens that a response may get."""
+    if not decoder.shape.gpt2:
+        return
     longest = max(dataset.examples, key=lambda e: len(e.prompt) + max(map(len, e.responses), default=answer))
     length = len(longest.prompt) + max(map(len, longest.responses), default=answer)
-    if length > decoder.shape.max_positions and decoder.shape.gpt2:
+    if length > decoder.shape.max_positions:
         raise ValueError(f"{longest.where}: {length} tokens, and the model has {decoder.shape.max_positions} positions; "
                          f"set max_length to at most that")
 

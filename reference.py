@@ -89,10 +89,10 @@ def sweep(of: Callable, dataset: Dataset, layout: Layout, machine, what: str = "
     for rows in tqdm(in_order(dataset), desc=what, disable=machine.rank > 0 or not what, leave=False):
         for batch in micro_batches(dataset, rows, layout, machine.rank, machine.world)[0]:
             with torch.no_grad(), machine.autocast():
-                made, real = of(batch), batch["scored"]
+                made = of(batch)
             for name, values in made.items():
                 table = tables.setdefault(name, values.new_zeros(int(dataset.offsets[-1]), *values.shape[1:]))
-                table[batch["scored_index"][:real]] = values[:real]
+                table[batch["scored_index"]] = values
     return {name: machine.sum(table) for name, table in tables.items()}  # disjoint shares
 
 

@@ -185,7 +185,7 @@ class Scorer:
         """Of each example, in order."""
         model.check_lengths(self.decoder, dataset)
         self.tokens, found = max(self.tokens, data.stream_length([dataset], 64, 0)), [None] * len(dataset)
-        layout = self.machine.layout(self.tokens, self.decoder)
+        layout = self.machine.layout(self.tokens)
         for rows in tqdm(data.in_order(dataset, 64), desc="scoring", leave=False):
             for batch in data.micro_batches(dataset, rows, layout)[0]:
                 with torch.no_grad(), self.machine.autocast():
@@ -206,7 +206,7 @@ def logps_of(batch: dict, log_probs: torch.Tensor) -> list[dict]:
 
 def steps_of(batch: dict, logits: torch.Tensor) -> list[dict]:
     """Of each response the probability of each step, that they are all good by three readings, and the first that is not."""
-    p, said = (logits[:, 1] - logits[:, 0]).sigmoid()[:batch["scored"]].split(batch["lengths"].tolist()), []
+    p, said = (logits[:, 1] - logits[:, 0]).sigmoid().split(batch["lengths"].tolist()), []
     for steps in (part.tolist() for part in p):
         wrong = next((i for i, q in enumerate(steps) if q < 0.5), None)
         said.append({"steps": steps, "min": min(steps), "product": math.prod(steps), "last": steps[-1], "first_wrong": wrong})

@@ -45,10 +45,10 @@ class Machine(NamedTuple):
         low = self.dtype in (torch.bfloat16, torch.float16)
         return torch.autocast(self.device, self.dtype) if low else contextlib.nullcontext()
 
-    def layout(self, tokens: int, decoder) -> data.Layout:
-        """How streams of that many tokens are laid out here for this model."""
+    def layout(self, tokens: int) -> data.Layout:
+        """How streams of that many tokens are laid out here."""
         varlen = self.device == "cuda" and self.dtype in (torch.bfloat16, torch.float16)
-        return data.Layout(tokens, varlen, self.compiled, losses.head_chunk(decoder.shape.vocab_size, self.device), self.device)
+        return data.Layout(tokens, varlen, self.compiled, self.device)
 
     def sum(self, tensor):
         if self.world > 1:
@@ -141,7 +141,7 @@ def train(cfg):
     prompts = data.load(cfg.eval_prompts, "prompts", tokenizer, cfg, False) if cfg.eval_prompts else prompts
     if prompts:
         model.check_lengths(decoder, prompts, cfg.max_new_tokens)
-    layout = machine.layout(supply_of.stream_length(datasets, cfg), decoder)
+    layout = machine.layout(supply_of.stream_length(datasets, cfg))
 
     # Where steps come from, and the columns that sources add to each: split -> (batches, epoch) -> None
     run = Run(cfg, machine, decoder, tokenizer, start_from, teacher, datasets, layout, losses.streams(terms))

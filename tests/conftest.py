@@ -57,8 +57,8 @@ def as_dataset(examples: list) -> data.Dataset:
     return data.as_dataset(examples, {})
 
 
-def layout(tokens: int, static: bool = False, chunk: int = 64) -> data.Layout:
-    return data.Layout(tokens, False, static, chunk, "cpu")
+def layout(tokens: int, static: bool = False) -> data.Layout:
+    return data.Layout(tokens, False, static, "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -129,8 +129,8 @@ def test_packed_equals_one_response_at_a_time(family, static):
     grads = [p.grad.clone() for p in decoder.parameters()]
     decoder.zero_grad()
     for batch in batches:
-        logps = decoder(batch, ["log_probs"])["log_probs"][:batch["scored"]]
-        at = batch["scored_index"][:batch["scored"]]
+        logps = decoder(batch, ["log_probs"])["log_probs"]
+        at = batch["scored_index"]
         found[at] = logps.detach()
         (logps * weight[at]).sum().backward()
     assert (found - expected).abs().max() < 1e-5
@@ -159,7 +159,7 @@ def test_scores_of_a_packed_stream_are_those_of_plain_sequences(family, static, 
     for batch in data.micro_batches(as_dataset(examples), np.arange(12), layout(256, static))[0]:
         made = decoder(batch, [stream])[stream]
         response = [begins[row] + rank for row, rank in zip(batch["rows"].tolist(), batch["rank"].tolist())]
-        for at, part in zip(response, made[:, None] if stream == "reward" else made[:batch["scored"]].split(batch["lengths"].tolist())):
+        for at, part in zip(response, made[:, None] if stream == "reward" else made.split(batch["lengths"].tolist())):
             assert (part.view_as(expected[at]) - expected[at]).abs().max() < 1e-10
             loss, seen = loss + (part.view_as(weights[at]) * weights[at]).sum(), seen + 1
     assert seen == len(expected) and relative(torch.autograd.grad(loss, wanted), grads) < 1e-10
@@ -211,3 +211,19 @@ def test_varlen_segments_describe_the_same_attention():
             scores = scores.masked_fill((distance < 0) | (distance >= (window or 10**9)), -torch.inf)
             pieces.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1), v[keys].repeat_interleave(2, 1)))
         close(model.packed_attention(q, k, v, {**grouped, "masks": {}}, window), torch.cat(pieces), 1e-5)
+
+
+def test_no_graph_is_made_after_the_first_step():
+    """Full streams have one graph, all shorter ones another, whatever their lengths and however many tokens they score."""
+    counters = torch._dynamo.utils.counters["stats"]
+    dataset, decoder = as_dataset(random_trees(np.random.default_rng(0), 90, 97)), tiny("llama")
+    torch.compiler.reset()
+    decoder.compile_blocks()
+    graphs, shapes = [], set()
+    for step in range(6):
+        for batch in data.micro_batches(dataset, data.step_rows(dataset, step, 9 + 2 * step, 0), layout(384, static=True))[0]:
+            decoder(batch, ["log_probs"])["log_probs"].sum().backward()
+            shapes.add((len(batch["tokens"]), len(batch["target"])))
+        graphs.append(counters["unique_graphs"])
+    assert len({tokens for tokens, _ in shapes}) == 3 and len(shapes) > 6
+    assert graphs[-1] == graphs[0] > 0, graphs
