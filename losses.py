@@ -183,8 +183,7 @@ def reduced(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def by_response(batch: dict, stream: Tensor) -> Tensor:
     """(N,) -> (R, L): the scored tokens of each response in a row of their own, zeros behind them."""
-    table = stream.new_zeros(batch["num_responses"] + 1, batch["longest"])  # padding lands in the row past the last
-    return table.index_put((batch["response"], batch["place"]), stream)[:-1]
+    return stream.new_zeros(batch["num_responses"], batch["longest"]).index_put((batch["response"], batch["place"]), stream)
 
 
 def by_rank(batch: dict, stream: Tensor) -> Tensor:
@@ -193,8 +192,8 @@ def by_rank(batch: dict, stream: Tensor) -> Tensor:
 
 
 def label_of(batch: dict) -> Tensor:
-    """(N,) the token that is predicted, -100 in responses that are not imitated and in the padding."""
-    return torch.where(F.pad(batch["demonstrated"], (0, 1))[batch["response"]], batch["target"], -100)
+    """(N,) the token that is predicted, -100 in responses that are not imitated."""
+    return torch.where(batch["demonstrated"][batch["response"]], batch["target"], -100)
 
 
 def action_mask(batch: dict) -> Tensor:
@@ -1014,24 +1013,27 @@ def whiten(advantages: Tensor, action_mask: Tensor, sum_ranks: Callable = lambda
 
 def head_chunk(vocab_size: int, device: str = "cpu") -> int:
     """Rows of logits alive at once: a power of two, so that a chunk is about 128 MB in fp32 (512 MB on an accelerator)
-    whatever the vocabulary, and the padding of N to whole chunks stays small."""
+    whatever the vocabulary."""
     budget = 2**25 if device == "cpu" else 2**27  # elements
     return max(64, min(1024, 1 << (budget // vocab_size).bit_length() - 1))
 
 
-def _chunk_logps(hidden, weight, target, temperature, entropy, collision):
-    """(C, D), (V, D), (C,) -> log-probs of the targets (C,) and, or None, entropies (C,) and log sum_v p(v)^2 (C,)."""
+def _chunk_logps(hidden, weight, target, temperature, entropy, collision, softmax):
+    """(C, D), (V, D), (C,) -> log-probs of the targets (C,) and, or None, entropies (C,), log sum_v p(v)^2 (C,) and the softmax
+    (C, V) in that dtype."""
     logps = _logits(hidden, weight, temperature).log_softmax(-1)
     return (logps.gather(1, target[:, None])[:, 0], -(logps.exp() * logps).sum(-1) if entropy else None,
-            (2 * logps).logsumexp(-1) if collision else None)
+            (2 * logps).logsumexp(-1) if collision else None, logps.exp_().to(softmax) if softmax else None)
 
 
-def _chunk_grad(hidden, weight, target, temperature, grad_logps, grad_entropy):
+def _chunk_grad(hidden, weight, target, temperature, grad_logps, grad_entropy, p):
     """d loss / d (hidden @ weight.T) (C, V): g (onehot - p) for the log-probs, -h p (log p + H) for the entropies, over the
-    temperature."""
+    temperature. p: the softmax, if it was kept."""
     if temperature != 1:
         grad_logps, grad_entropy = grad_logps / temperature, None if grad_entropy is None else grad_entropy / temperature
-    if grad_entropy is None:
+    if p is not None:
+        grad = p.mul_(-grad_logps[:, None])
+    elif grad_entropy is None:
         grad = _logits(hidden, weight, temperature).softmax(-1).mul_(-grad_logps[:, None])
     else:
         logps = _logits(hidden, weight, temperature).log_softmax(-1)
@@ -1050,13 +1052,25 @@ def _logits(hidden, weight, temperature):
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, temperature, entropy, collision, chunk, graphs):
+    def forward(ctx, hidden, weight, target, temperature, entropy, collision, chunk, keep, graphs):
         ctx.save_for_backward(hidden, weight, target)
         ctx.temperature, ctx.entropy, ctx.chunk, ctx.graphs = temperature, entropy, chunk, graphs
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        frozen = need_hidden and not need_weight and not entropy
+        ctx.jacobian, ctx.softmax, parts = torch.empty_like(hidden) if frozen else None, {}, []  # softmax: of the last chunks
         with torch.autocast(hidden.device.type, enabled=False):
             h, w = _LinearLogProbs.operands(hidden, weight)
-            body = compiled(_chunk_logps, dynamic=False) if graphs else _chunk_logps
-            parts = [body(rows, w, ids, temperature, entropy, collision) for rows, ids in zip(h.split(chunk), target.split(chunk))]
+            body = compiled(_chunk_logps, dynamic=None) if graphs else _chunk_logps
+            keep = chunk * len(w) * h.element_size() if keep is None else keep
+            for start in range(0, max(len(h), 1), chunk):
+                rows = slice(start, start + chunk)
+                kept = need_weight and not entropy and (len(h) - start) * len(w) * h.element_size() <= keep
+                *made, p = body(h[rows], w, target[rows], temperature, entropy, collision, h.dtype if frozen or kept else None)
+                parts.append(made)
+                if kept:
+                    ctx.softmax[start] = p
+                elif frozen:  # d log-prob / d hidden does not wait for what is upstream
+                    ctx.jacobian[rows] = torch.addmm(w[target[rows]], p, w, alpha=-1).div_(temperature)
         logps, entropies, collisions = (None if column[0] is None else torch.cat(column) for column in zip(*parts))
         if collision:
             ctx.mark_non_differentiable(collisions)
@@ -1073,17 +1087,19 @@ class _LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logps, grad_entropy, _):
+        if ctx.jacobian is not None:
+            return (ctx.jacobian * grad_logps[:, None]).to(ctx.jacobian.dtype), *[None] * 8
         hidden, weight, target = ctx.saved_tensors
         h, w = _LinearLogProbs.operands(hidden, weight)
-        body = compiled(_chunk_grad, dynamic=False) if ctx.graphs else _chunk_grad
+        body = compiled(_chunk_grad, dynamic=None) if ctx.graphs else _chunk_grad
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(h) if need_hidden else None
         grad_weight = torch.zeros_like(w, dtype=grad_logps.dtype) if need_weight else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(h), ctx.chunk):
+            for start in reversed(range(0, len(h), ctx.chunk)):  # first what was kept, which is gone then
                 rows = slice(start, start + ctx.chunk)
                 upstream = grad_logps[rows], grad_entropy[rows] if ctx.entropy else None
-                grad = body(h[rows], w, target[rows], ctx.temperature, *upstream).to(h.dtype)
+                grad = body(h[rows], w, target[rows], ctx.temperature, *upstream, ctx.softmax.pop(start, None)).to(h.dtype)
                 if need_hidden:
                     torch.mm(grad, w, out=grad_hidden[rows])
                 if need_weight and grad.dtype == grad_weight.dtype:
@@ -1092,7 +1108,7 @@ class _LinearLogProbs(torch.autograd.Function):
                     grad_weight += torch.mm(grad.t(), h[rows], out_dtype=grad_weight.dtype)
                 del grad  # before the next chunk is made
         return (grad_hidden.to(hidden.dtype) if need_hidden else None,
-                grad_weight.to(weight.dtype) if need_weight else None, *[None] * 6)
+                grad_weight.to(weight.dtype) if need_weight else None, *[None] * 7)
 
 
 class Projected(NamedTuple):
@@ -1137,17 +1153,20 @@ def by_chunk(loss: Callable, *inputs, **hyperparameters) -> tuple[Tensor, Tensor
 
 
 def linear_log_probs(hidden: Tensor, weight: Tensor, target: Tensor, *, temperature: float = 1.0, entropy: bool = False,
-                     collision: bool = False, chunk: int = 0, compiled: bool = False
+                     collision: bool = False, chunk: int = 0, keep: int | None = None, compiled: bool = False
                      ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """log softmax(hidden @ weight.T / temperature)[target] without ever holding [N, V].
 
     hidden (N, D), weight (V, D), target (N,) int64 -> log-probs (N,) and, when asked, entropies (N,) and the log collision
     probability log sum_v p(v)^2 (N,) without gradient, in nats, fp32 or wider. Backward makes each chunk's logits again: 8NVD
-    FLOPs instead of 6NVD, and memory for one chunk only. chunk: rows at a time (0: by `head_chunk`). compiled: chunk bodies
-    through torch.compile; N is then best a multiple of chunk.
+    FLOPs instead of 6NVD, and memory for one chunk only; of a weight that needs no gradient, the forward makes what backward
+    needs (4NVD). chunk: rows at a time (0: by `head_chunk`). keep: bytes of softmax that are kept for backward instead of made
+    again, in the dtype of the product (None: one chunk's). compiled: chunk bodies through torch.compile.
     """
     same_shape(hidden[:, 0], target)
     if not temperature > 0:
         raise ValueError(f"temperature = {temperature}; expected above 0")
     chunk = chunk or head_chunk(len(weight), hidden.device.type)
-    return _LinearLogProbs.apply(hidden, weight, target, temperature, entropy, collision, chunk, compiled)
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()  # nothing is made for backward
+    return _LinearLogProbs.apply(hidden, weight, target, temperature, entropy, collision, chunk, keep, compiled)

@@ -1,10 +1,12 @@
 """The fused linear -> log-prob against plain logits: values, gradients, precision, memory."""
+import contextlib
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import losses
 from conftest import ROOT
@@ -47,6 +49,43 @@ def test_fused_gradcheck_and_frozen_head():
     function = lambda h, w: losses.linear_log_probs(h, w, target, entropy=True, chunk=2)[:2]
     assert torch.autograd.gradcheck(function, (hidden, weight))
     assert torch.autograd.gradcheck(lambda h: function(h, weight.detach()), (hidden,))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_what_is_kept_changes_no_gradient(temperature, compiled):
+    """Softmax of all chunks, some or none, or of a frozen head: the gradients of the naive head, by fewer FLOPs."""
+    hidden = torch.randn(200, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_(True)
+    weight = torch.randn(331, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_(True)
+    target, upstream = torch.arange(200), torch.linspace(-1, 1, 200, dtype=torch.float64)
+    expected = torch.autograd.grad((naive(hidden, weight, target, temperature)[0] * upstream).sum(), (hidden, weight))
+    row = 331 * 8  # bytes; the last of the chunks has 8 rows
+    for keep, product in ((0, 8), (10**9, 6), (72 * row, 8 - 2 * 72 / 200), (None, 8 - 2 * 8 / 200), ("frozen", 4)):
+        w, options = (weight.detach(), {}) if keep == "frozen" else (weight, {"keep": keep})
+        with contextlib.nullcontext() if compiled else FlopCounterMode(display=False) as counter:
+            logps = losses.linear_log_probs(hidden, w, target, temperature=temperature, chunk=64, compiled=compiled, **options)[0]
+            found = torch.autograd.grad((logps * upstream).sum(), [x for x in (hidden, w) if x.requires_grad])
+        assert all((a - b).abs().max() < 1e-12 for a, b in zip(found, expected)), keep
+        uncounted = 0 if keep == "frozen" else 2  # the product that is added to the weight's gradient in place
+        assert compiled or counter.get_total_flops() == round((product - uncounted) * 200 * 331 * 24), keep
+
+
+def test_backward_twice():
+    """What was kept is gone after the first backward, and made again."""
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    logps = losses.linear_log_probs(hidden, weight, torch.arange(5))[0]
+    first, second = (torch.autograd.grad(logps.sum(), (hidden, weight), retain_graph=True) for _ in range(2))
+    assert all(torch.allclose(a, b) for a, b in zip(first, second))
+
+
+def test_nothing_is_kept_without_grad(monkeypatch):
+    kept, chunk = [], losses._chunk_logps
+    monkeypatch.setattr(losses, "_chunk_logps", lambda *given: kept.append(given[-1]) or chunk(*given))
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    with torch.no_grad():
+        losses.linear_log_probs(hidden, weight, torch.arange(5))
+    losses.linear_log_probs(hidden, weight, torch.arange(5), entropy=True)
+    assert kept == [None, None]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
