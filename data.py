@@ -6,15 +6,18 @@ by comparing ids with pad or eos.
 
 Shapes: T stream tokens, N scored tokens, R responses, P pairs, S segments.
 """
+import array
 import difflib
 import glob
 import gzip
 import itertools
 import json
 import math
+import os
+import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -565,8 +568,49 @@ def truncate(example: Example, bos: int | None, max_length: int, max_prompt_leng
 COUNTS = ("read", "used", "truncated", "dropped", "bad", "apart")  # apart: joint ids did not begin with the prompt's
 
 
+class Stored(Sequence):
+    """Examples in a file without a name in a folder, so that rows may be more than memory holds: each is its numbers in JSON, with
+    spaces behind up to a multiple of 4 bytes, and its arrays."""
+
+    def __init__(self, folder: str):
+        path = Path(folder).expanduser()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self.file, self.ends = tempfile.TemporaryFile(dir=path), array.array("q", [0])
+        except OSError as error:
+            raise ValueError(f"cache_dir {folder}: {error.strerror}; name another --cache_dir") from None
+
+    def append(self, e: Example):
+        sizes = [len(ids) for ids in e.responses]
+        told = [len(e.prompt), sizes, bool(e.labels), e.demonstrated, e.chosen, e.rejected, e.margin, e.where, e.row]
+        head = json.dumps(told).encode()
+        head += b" " * (-len(head) % 4)
+        parts = [len(head).to_bytes(4, "little"), head, e.prompt, *e.responses, *e.labels, *e.scored]
+        self.ends.append(self.ends[-1] + sum(self.file.write(part) for part in parts))
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i: int) -> Example:
+        i = range(len(self))[i]
+        begin, end = self.ends[i], self.ends[i + 1]
+        self.file.flush()
+        held = os.pread(self.file.fileno(), end - begin, begin)
+        at = 4 + int.from_bytes(held[:4], "little")
+        prompt, sizes, labelled, *more, where, row = json.loads(held[4:at])
+
+        def take(n, dtype):
+            nonlocal at
+            at += n * np.dtype(dtype).itemsize
+            return np.frombuffer(held, dtype, n, at - n * np.dtype(dtype).itemsize)
+        prompt, *responses = (take(n, np.int32) for n in (prompt, *sizes))
+        labels = [take(n, np.float32) for n in sizes] if labelled else []
+        return Example(prompt, responses, [take(n, bool) for n in sizes], *more, where, labels, row)
+
+
 class Dataset(NamedTuple):
-    examples: list
+    examples: Sequence
+    lengths: np.ndarray  # (len,) tokens of each example
     offsets: np.ndarray  # (len + 1,) scored tokens before each example: where its columns lie in a flat table
     pair_offsets: np.ndarray  # (len + 1,) pairs before each example
     kinds: np.ndarray  # (len,) which classes an example has: 1 undesirable (or rejected) responses, 2 desirable ones, 3 both
@@ -576,17 +620,18 @@ class Dataset(NamedTuple):
         return len(self.examples)
 
 
-def as_dataset(examples: list[Example], counts: Counter) -> Dataset:
-    before = lambda sizes: np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    return Dataset(examples, before([sum(int(mask.sum()) for mask in e.scored) for e in examples]),
-                   before([len(e.chosen) for e in examples]),
-                   np.array([2 * bool(e.chosen) + bool(e.rejected) for e in examples]), counts)
+def as_dataset(examples: Sequence, counts: Counter) -> Dataset:
+    sizes = ((e.length, sum(int(mask.sum()) for mask in e.scored), len(e.chosen), 2 * bool(e.chosen) + bool(e.rejected))
+             for e in examples)
+    lengths, scored, pairs, kinds = np.fromiter(sizes, np.dtype((np.int64, 4)), len(examples)).T
+    before = lambda sizes: np.concatenate([[0], np.cumsum(sizes)])
+    return Dataset(examples, lengths, before(scored), before(pairs), kinds, counts)
 
 
 def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: bool = True) -> Dataset:
     """Read, tokenize and truncate every row; a malformed one stops the run unless bad_rows = "skip"."""
     train_on, chat, counts = cfg.train_on or TRAIN_ON[kind], bool(tokenizer.chat_template), Counter()
-    examples, drafts, rows, longest_prompt = [], [], {}, cfg.max_prompt_length
+    examples, drafts, rows, longest_prompt = Stored(cfg.cache_dir), [], {}, cfg.max_prompt_length
     if kind == "prompts":  # the answer wants room
         longest_prompt = min(longest_prompt or cfg.max_length, cfg.max_length - cfg.max_new_tokens)
         if longest_prompt < 1:
@@ -651,7 +696,7 @@ def mismatched(dataset: Dataset, seed: int, epoch: int) -> Dataset:
     function of (seed, epoch, row). Responses are cut so that no prompt with a response, and no tree, is longer than the
     longest of the dataset."""
     longest = max(len(e.prompt) + max(map(len, e.responses)) for e in dataset.examples)
-    largest = max(e.length for e in dataset.examples)
+    largest = int(dataset.lengths.max())
     prompts = [e.prompt.tobytes() for e in dataset.examples]
     if len(set(prompts)) < 2:
         raise ValueError(f"{dataset.examples[0].where}: every row has this row's prompt, and KTO needs responses of other prompts")
@@ -678,12 +723,12 @@ def in_order(dataset: Dataset, size: int = 256) -> list[np.ndarray]:
 def stream_length(datasets: list[Dataset], batch_size: int, asked: int, answers: int = 0, answer: int = 0) -> int:
     """T. 0: what holds the largest tree, and as much of an average step as 4,096 tokens take; a multiple of 128. Trees that are
     yet to get that many answers of at most so many tokens may be cut to one answer: 0 is then at most LARGE if that holds one."""
-    largest = max((e for d in datasets for e in d.examples), key=lambda e: e.length)
+    largest = max((d.examples[d.lengths.argmax()] for d in datasets), key=lambda e: e.length)
     least = largest.length + answer
     if asked and asked < least:
         raise ValueError(f"{largest.where}: a prompt with its responses takes {least} tokens and "
                          f"micro_batch_tokens is {asked}; set it to {-(-least // 128) * 128} or to 0, or cut max_length")
-    step = batch_size * (sum(e.length for e in datasets[0].examples) // len(datasets[0]) + answers * answer)
+    step = batch_size * (int(datasets[0].lengths.mean()) + answers * answer)
     whole = largest.length + answers * answer
     return asked or -(-max(least, min(whole, LARGE) if answer else whole, min(4096, step)) // 128) * 128
 
@@ -716,8 +761,7 @@ class Layout(NamedTuple):
     """How a stream is laid out: fixed for a run."""
     tokens: int  # T
     varlen: bool  # index tensors of the CUDA kernel rather than of grouped SDPA
-    static: bool  # pad T to one of three sizes and N to whole head chunks, so that compiled shapes are few
-    chunk: int  # rows of a head chunk
+    static: bool  # pad T to a multiple of 128, so that a step's full streams have one compiled shape and share it
     device: str
 
 
@@ -767,28 +811,22 @@ def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) 
             at, seen = at + len(ids), seen + len(places)
             lengths.append(len(places))
             last.append(at - 1)
-    length = max(at, 1)
-    if layout.static:
-        length = next(size for size in (layout.tokens // 4, layout.tokens // 2, layout.tokens) if size >= at)
+    length = min(-(-max(at, 1) // 128) * 128, layout.tokens) if layout.static else max(at, 1)
     for start in range(at, length, 128):  # padding: segments of its own, that nothing scored sees
         n = min(128, length - start)
         tokens.append(np.zeros(n, np.int32))
         positions.append(np.arange(n))
         spans.append((start, n, start, 0))
-    scored = sum(lengths)
-    extra = -scored % layout.chunk + (layout.chunk if not scored else 0) if layout.static else 0
-    fill = {"response": len(lengths)}  # padding lands in a row past the last response
-    flat = {name: np.concatenate([*parts, np.full(extra, fill.get(name, 0))]).astype(np.int64)
-            for name, parts in columns.items()}
+    flat = {name: np.concatenate([*parts, []]).astype(np.int64) for name, parts in columns.items()}
     labels = [labels[scored] for _, e in members for labels, scored in zip(e.labels, e.scored)]
-    labels = np.concatenate([*labels, np.full(scored + extra - sum(map(len, labels)), np.nan, np.float32)]).astype(np.float32)
+    labels = np.concatenate([*labels, np.full(sum(lengths) - sum(map(len, labels)), np.nan, np.float32)]).astype(np.float32)
     whole = dict(lengths=lengths, last=last, example=of, rank=rank, rows=[members[nth][0] for nth in of], chosen=chosen,
                  rejected=rejected, pair_index=pair_index)
     flat.update(tokens=np.concatenate(tokens).astype(np.int64), positions=np.concatenate(positions),
                 **{name: np.array(values, np.int64) for name, values in whole.items()}, margin=np.array(margin, np.float32),
                 step_labels=labels, step_mask=~np.isnan(labels),
                 demonstrated=np.array([shown for _, e in members for shown in e.demonstrated], bool))
-    sizes = {"num_responses": len(lengths), "longest": max(lengths, default=1), "scored": scored, "num_examples": len(members),
+    sizes = {"num_responses": len(lengths), "longest": max(lengths, default=1), "num_examples": len(members),
              "most_responses": max((len(e.responses) for _, e in members), default=1)}
     flat.update((varlen_segments if layout.varlen else grouped_segments)(spans))
     return {**sizes, **to_device(flat, layout.device)}

@@ -2,8 +2,11 @@
 import gzip
 import itertools
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -632,11 +635,11 @@ def test_micro_batches_over_ranks_are_those_of_one_rank(static):
         assert all(c == counts[0] for c in counts) and all(shares)  # no rank stays away
         batches = [batch for share in shares for batch in share]
         assert all(len(batch["tokens"]) <= 256 for batch in batches)
-        assert sum(batch["scored"] for batch in batches) == counts[0]["tokens"] == sum(int(b["lengths"].sum()) for b in batches)
+        assert sum(len(batch["target"]) for batch in batches) == counts[0]["tokens"] == sum(int(b["lengths"].sum()) for b in batches)
         assert sum(batch["num_responses"] for batch in batches) == counts[0]["responses"]
         assert sum(len(batch["chosen"]) for batch in batches) == counts[0]["pairs"]
         real = [batch for batch in batches if batch["num_responses"]]
-        assert all(batch["scored"] == 0 for batch in batches if not batch["num_responses"])
+        assert all(len(batch["target"]) == 0 for batch in batches if not batch["num_responses"])
         return sorted([b["tokens"].tolist(), b["rows"].tolist(), b["scored_index"].tolist()] for b in real), counts[0]
 
     alone = streams(1)
@@ -652,6 +655,7 @@ def tree(prompt, responses, scored, chosen=(), rejected=()):
 
 
 PAIR, SINGLE = tree([5, 6], [[7, 8, 9], [10]], [[1, 0, 1], [1]], [0], [1]), tree([11], [[12, 13]], [[0, 1]])
+LONG = tree([11] * 254, [[12, 13]], [[0, 1]])
 BY_HAND = {  # SINGLE, then PAIR: 11 12 13 | 5 6 7 8 9 10
     "tokens": [11, 12, 13, 5, 6, 7, 8, 9, 10], "positions": [0, 1, 2, 0, 1, 2, 3, 4, 2],
     "predict_from": [1, 4, 6, 4], "target": [13, 7, 9, 10], "response": [0, 1, 1, 2], "place": [0, 0, 1, 0],
@@ -662,28 +666,33 @@ BY_HAND = {  # SINGLE, then PAIR: 11 12 13 | 5 6 7 8 9 10
 def test_build_by_hand():
     batch = data.build([(1, SINGLE), (0, PAIR)], as_dataset([PAIR, SINGLE]), layout(32))
     assert {name: batch[name].tolist() for name in BY_HAND} == BY_HAND
-    assert (batch["num_responses"], batch["longest"], batch["scored"]) == (3, 2, 4)
+    assert (batch["num_responses"], batch["longest"]) == (3, 2)
     assert all(batch[name].dtype == torch.int64 for name in BY_HAND if name not in ("demonstrated", "margin"))
     assert data.count([PAIR, SINGLE]) == dict(stream_tokens=9, tokens=4, responses=3, demonstrated_tokens=3, demonstrations=2,
                                               pairs=1, examples=2, steps=0)
 
 
-@pytest.mark.parametrize("members, tokens, length, chunk, scored", [
-    ([(1, SINGLE), (0, PAIR)], 32, 16, 3, 6), ([(1, SINGLE), (0, PAIR)], 9, 9, 4, 4), ([(1, SINGLE)], 32, 8, 4, 4),
-    ([], 32, 8, 4, 4)])
-def test_build_pads_to_few_shapes(members, tokens, length, chunk, scored):
-    """Of a quarter, a half and the whole of T the smallest that fits, and whole chunks, one at least: also with nothing to
-    score. The padding predicts from place 0 and lands in a row past the last response."""
-    dataset = as_dataset([PAIR, SINGLE])
-    bare, batch = (data.build(members, dataset, layout(tokens, static, chunk)) for static in (False, True))
-    assert len(batch["tokens"]) == len(batch["positions"]) == length and batch["scored"] == bare["scored"]
-    for name in ("predict_from", "target", "response", "place", "scored_index"):
-        n = bare["scored"]
-        assert len(batch[name]) == scored and batch[name][:n].tolist() == bare[name].tolist()
-        assert (batch[name][n:] == (batch["num_responses"] if name == "response" else 0)).all()
-    for name in ("lengths", "demonstrated", "rows", "chosen", "rejected"):
-        assert batch[name].tolist() == bare[name].tolist()
+@pytest.mark.parametrize("members, tokens, length", [
+    ([(1, SINGLE), (0, PAIR)], 256, 128), ([(1, SINGLE), (0, PAIR)], 9, 9), ([(1, LONG), (0, PAIR)], 512, 384), ([], 256, 128)])
+def test_build_pads_streams_alone(members, tokens, length):
+    """To a multiple of 128, T at most, also with nothing to score; what is scored stays as it was."""
+    dataset = as_dataset([PAIR, LONG if members and members[0][1] is LONG else SINGLE])
+    bare, batch = (data.build(members, dataset, layout(tokens, static)) for static in (False, True))
+    assert len(batch["tokens"]) == len(batch["positions"]) == length
     assert len(bare["tokens"]) == max(1, sum(e.length for _, e in members))
+    for name in {*bare} - {"tokens", "positions", "groups", "group_q", "group_k", "group_inverse", "masks"}:
+        np.testing.assert_array_equal(batch[name], bare[name], name)
+
+
+@pytest.mark.parametrize("prompt, response", [(118, 43), (180, 300), (350, 35)])  # as in HH, UltraFeedback, TL;DR
+def test_padding_of_a_large_step_is_below_1_percent(prompt, response):
+    rng = np.random.default_rng(0)
+    length = lambda mean: max(4, int(mean * rng.lognormal(-0.18, 0.6)))
+    dataset = as_dataset([tree([1] * length(prompt), *[[[1] * length(response) for _ in "ab"]] * 2) for _ in range(1024)])
+    shape = layout(data.stream_length([dataset], 256, 0), static=True)
+    for step in range(4):
+        batches, counts = data.micro_batches(dataset, data.step_rows(dataset, step, 256, 0), shape)
+        assert counts["stream_tokens"] > 0.99 * sum(len(batch["tokens"]) for batch in batches)
 
 
 def test_stream_length():
@@ -695,6 +704,45 @@ def test_stream_length():
     assert data.stream_length([dataset, as_dataset([long])], 1, 0) == 5120  # whichever set it is in
     with pytest.raises(ValueError, match=r"eval.jsonl:7: .* 5001 tokens .* micro_batch_tokens is 4096; set it to 5120"):
         data.stream_length([dataset, as_dataset([long])], 1, 4096)
+
+
+def test_stored_examples_are_those_that_were_appended(tmp_path):
+    made = random_trees(np.random.default_rng(0), 20, 97)
+    made[3] = made[3]._replace(row={"prompt": "a \u00fc \ud800", "n": [1.5, None]}, responses=[], scored=[], demonstrated=[])
+    made[4] = made[4]._replace(labels=[np.full(len(ids), np.nan, np.float32) for ids in made[4].responses], margin=[float("nan")])
+    stored = data.Stored(str(tmp_path / "new"))
+    for i, e in enumerate(made):
+        stored.append(e)
+        np.testing.assert_equal(stored[i], e)  # reading and writing take turns
+    np.testing.assert_equal(list(stored), made)
+    np.testing.assert_equal(stored[-20], made[0])
+    assert len(stored) == 20 and not list((tmp_path / "new").iterdir())  # a name would outlive a crash
+    with pytest.raises(IndexError):
+        stored[20]
+    with pytest.raises(ValueError, match="cache_dir /proc/here: .*name another --cache_dir"):
+        data.Stored("/proc/here")
+
+
+LOAD = """
+import sys, config, data
+resident = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1024
+tokenizer = data.Tokenizer("tasks/arithmetic")
+load = lambda file: data.load(file, "sft", tokenizer, config.Config(cache_dir=sys.argv[2]), False)
+load("tasks/arithmetic/sft.jsonl")
+before = resident()
+dataset = load(sys.argv[1])
+print(len(dataset), (resident() - before) * 2**20 / len(dataset))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from Linux's /proc")
+def test_a_row_takes_no_memory(tmp_path):
+    """Of a file larger than memory only the places of its rows are held: 5 numbers each."""
+    rows = (ROOT / "tasks/arithmetic/sft.jsonl").read_text() * 12
+    (tmp_path / "large.jsonl").write_text(rows)
+    done = subprocess.run([sys.executable, "-c", LOAD, tmp_path / "large.jsonl", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    count, each = done.stdout.split()
+    assert int(count) == len(rows.splitlines()) and float(each) < 200, each
 
 
 # ---------------------------------------------------------------------------------------------------------------------
