@@ -1,4 +1,4 @@
-"""Speed and memory side by side on one machine: `python bench.py losses`, `head`, `generate` or `dpo`, each a Markdown table.
+"""Speed and memory side by side on one machine: `python bench.py` with a name of `BENCHES`, each a Markdown table.
 
 Everything compared does the same work on the same tensors, in turn, and the median of the rounds is shown; peak is memory
 above what was there before. Liger-Kernel, cut-cross-entropy and transformers are measured where they are installed.
@@ -8,18 +8,30 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import json
+import multiprocessing
+import os
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import config
 import data
 import losses
 import model
+import reference
 import rollout
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,24 +168,24 @@ def liger_losses() -> dict[str, Callable]:
             "kd": lambda logits, teacher, label: jsd(logits, teacher, beta=0.0, target=label)}
 
 
-def bench_losses(device: str, rounds: int, only: str):
-    print(f"Forward and backward of each loss, {where(device)}: 256 pairs or responses, 1,024 tokens each; lm and kd: 256 "
+def bench_losses(o):
+    print(f"Forward and backward of each loss, {where(o.device)}: 256 pairs or responses, 1,024 tokens each; lm and kd: 256 "
           f"tokens of a vocabulary of 32,000; rankings of 8.\n")
     print("| loss | eager, us | compiled, us | Liger, us | eager, MB | compiled, MB | Liger, MB |\n|---|---|---|---|---|---|---|")
     liger = liger_losses()
-    for name, o in losses.OBJECTIVES.items():
-        if only and name not in only.split(","):
+    for name, objective in losses.OBJECTIVES.items():
+        if o.only and name not in o.only.split(","):
             continue
-        longest = 32_000 if "logits" in o.reads else 8 if "ranked_rewards" in o.reads else 1024
+        longest = 32_000 if "logits" in objective.reads else 8 if "ranked_rewards" in objective.reads else 1024
         generator = torch.Generator().manual_seed(0)
         given = {}
-        for read in o.reads:
-            x = reading(read, 256, longest, generator).to(device)
+        for read in objective.reads:
+            x = reading(read, 256, longest, generator).to(o.device)
             given[read] = (x.float() if x.is_floating_point() else x).requires_grad_(read in DIFFERENTIABLE)
-        functions = {"eager": stepping(o.loss, given), "compiled": stepping(losses.compiled(o.loss), given)}
+        functions = {"eager": stepping(objective.loss, given), "compiled": stepping(losses.compiled(objective.loss), given)}
         if name in liger:
             functions["Liger"] = stepping(liger[name], given)
-        found = measure(functions, device, rounds)
+        found = measure(functions, o.device, o.rounds)
         columns = [f"{found[which][i] * unit:,.0f}" if which in found else ""
                    for i, unit in ((0, 1e6), (1, 1)) for which in ("eager", "compiled", "Liger")]
         print("|", " | ".join([name, *columns]), "|", flush=True)
@@ -210,24 +222,24 @@ def heads(device: str) -> dict[str, Callable]:
     return made
 
 
-def bench_head(device: str, rounds: int, only: str):
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    tokens, width = (16_384, 2048) if device == "cuda" else (2048, 512)
-    print(f"Log-probs of {tokens:,} tokens and their gradient, width {width}, {str(dtype).split('.')[1]}, {where(device)}. "
+def bench_head(o):
+    dtype = torch.bfloat16 if o.device == "cuda" else torch.float32
+    tokens, width = (16_384, 2048) if o.device == "cuda" else (2048, 512)
+    print(f"Log-probs of {tokens:,} tokens and their gradient, width {width}, {str(dtype).split('.')[1]}, {where(o.device)}. "
           f"Difference: of the weight's gradient, to that of the first of its kind.\n")
     print("| vocabulary | head | seconds | against the first | peak, MB | difference |\n|---|---|---|---|---|---|")
     for vocab in (32_000, 151_936):
-        generator = torch.Generator(device).manual_seed(0)
-        hidden = torch.randn(tokens, width, generator=generator, device=device).to(dtype).requires_grad_(True)
-        weight = (torch.randn(vocab, width, generator=generator, device=device) / width**0.5).to(dtype).requires_grad_(True)
-        target = torch.randint(vocab, (tokens,), generator=generator, device=device)
-        upstream = torch.randn(tokens, generator=generator, device=device)
+        generator = torch.Generator(o.device).manual_seed(0)
+        hidden = torch.randn(tokens, width, generator=generator, device=o.device).to(dtype).requires_grad_(True)
+        weight = (torch.randn(vocab, width, generator=generator, device=o.device) / width**0.5).to(dtype).requires_grad_(True)
+        target = torch.randint(vocab, (tokens,), generator=generator, device=o.device)
+        upstream = torch.randn(tokens, generator=generator, device=o.device)
 
         def step(head):
             return torch.autograd.grad((head(hidden, weight, target).float() * upstream).sum(), (hidden, weight))
         exact, error, functions = {}, {}, {}
-        for name, head in heads(device).items():
-            if only and not any(word in name for word in only.split(",")):
+        for name, head in heads(o.device).items():
+            if o.only and not any(word in name for word in o.only.split(",")):
                 continue
             try:
                 grad = step(head)[1].float()
@@ -236,24 +248,24 @@ def bench_head(device: str, rounds: int, only: str):
                 functions[name] = lambda head=head: step(head)
             except Exception as problem:  # a peer that does not run here: say so and go on
                 print(f"| {vocab:,} | {name} | {type(problem).__name__}: {str(problem).splitlines()[0][:60]} | | | |")
-        found = measure(functions, device, rounds)
+        found = measure(functions, o.device, o.rounds)
         base = next(iter(found.values()))[0]
         for name, (seconds, memory) in found.items():
             ratio = f"{base / seconds:.2f}x"
             print(f"| {vocab:,} | {name} | {seconds:.3g} | {ratio} | {memory:,.0f} | {error[name]:.1e} |", flush=True)
 
 
-def bench_generate(device: str, rounds: int, only: str, folder: str):
+def bench_generate(o):
     """Greedy answers of 64 tokens to prompts of 16 to 96; and 8 samples each of 4 prompts, as a rollout has them."""
-    if not folder:
+    if not o.model:
         raise SystemExit("generate needs --model, a model folder")
     transformers, new = optional("transformers"), 64
-    print(f"Tokens a second, {new} new ones behind prompts of 16 to 96, {where(device)}.\n")
+    print(f"Tokens a second, {new} new ones behind prompts of 16 to 96, {where(o.device)}.\n")
     print("| dtype | rows | what | tokens/s | ratio | peak, MB | `[B, T, V]` in fp32, MB |\n|---|---|---|---|---|---|---|")
     for dtype in (torch.float32, torch.bfloat16):
-        path = model.find_folder(folder)
-        decoder = model.load(path)[0].to(device, dtype)
-        theirs = transformers and transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+        path = model.find_folder(o.model)
+        decoder = model.load(path)[0].to(o.device, dtype)
+        theirs = transformers and transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(o.device)
         for rows, n in ((1, 1), (32, 1), (32, 8)):
             rng, vocab = np.random.default_rng(0), decoder.shape.vocab_size
             prompts = [rng.integers(3, vocab, rng.integers(16, 97)).tolist() for _ in range(rows // n)]
@@ -264,13 +276,13 @@ def bench_generate(device: str, rounds: int, only: str, folder: str):
 
             def peers():
                 longest = max(map(len, prompts))
-                ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-                mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+                ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=o.device)
+                mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=o.device)
                 drawn = dict(temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=n) if n > 1 else {}
                 return theirs.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
                                        cache_implementation="static", do_sample=n > 1, **drawn)
             found = measure({**({"transformers, static cache": peers} if theirs else {}), "ours": lambda: ours(False),
-                             "ours, compiled": lambda: ours(True)}, device, rounds)
+                             "ours, compiled": lambda: ours(True)}, o.device, o.rounds)
             base = next(iter(found.values()))[0]
             whole = rows * (max(map(len, prompts)) + new) * vocab * 4 / 2**20
             of = f"{str(dtype).split('.')[1]} | {rows // n} x {n}"
@@ -293,6 +305,23 @@ def pairs_of(kind: str, count: int, vocab: int) -> data.Dataset:
     return data.as_dataset([data.Example(draw(prompt), responses := [draw(response), draw(response)],
                                          [np.ones(len(r), bool) for r in responses], [True, False], [0], [1], [0.0], kind)
                             for _ in range(count)], Counter())
+
+
+def real_pairs(files: str, folder, count: int) -> data.Dataset:
+    """Preference rows as a run reads them, cut at 512 tokens: every so many of them."""
+    cfg = config.Config(train_data=files, max_length=512)
+    dataset = data.load(files, "preference", data.Tokenizer(folder), cfg, False)
+    every = range(0, len(dataset), max(1, len(dataset) // count))
+    return data.as_dataset([dataset.examples[i] for i in every][:count], Counter())
+
+
+def padding(dataset, tokens: int, size: int, steps: int = 8) -> float:
+    """Share of padding in the streams of compiled steps of so many rows."""
+    layout, real, whole = data.Layout(tokens, False, True, "cpu"), 0, 0
+    for step in range(steps):
+        batches, counts = data.micro_batches(dataset, data.step_rows(dataset, step, size, 0), layout)
+        real, whole = real + counts["stream_tokens"], whole + sum(len(batch["tokens"]) for batch in batches)
+    return 1 - real / whole
 
 
 def padded_logps(decoder, examples: list) -> torch.Tensor:
@@ -329,25 +358,31 @@ def packed_logps(decoder, dataset, layout, head: str) -> torch.Tensor:
     return torch.zeros_like(sums).index_put((place,), sums).view(-1, 2).t()
 
 
-def bench_dpo(device: str, rounds: int, only: str, folder: str):
+def bench_dpo(o):
     """The ladder: what each of our ways adds to the usual step, forward, backward and AdamW."""
-    if not folder:
+    if not o.model:
         raise SystemExit("dpo needs --model, a model folder")
-    count = 8
-    print(f"A DPO step of {count} pairs, {folder}, fp32, {where(device)}; loss and gradient: against the padded step's.\n")
+    count = o.pairs or 8
+    print(f"A DPO step of {count} pairs, {o.model}, {o.dtype}, {where(o.device)}; loss and gradient: against the padded step's.\n")
     print("| lengths | step | seconds | ratio | peak, MB | loss | gradient |\n|---|---|---|---|---|---|---|")
-    path = model.find_folder(folder)
-    decoder, frozen = (model.load(path)[0].to(device) for _ in range(2))
-    frozen.requires_grad_(False)
+    path = model.find_folder(o.model)
+    decoder, frozen = (model.load(path)[0].to(o.device, getattr(torch, o.dtype)) for _ in range(2))
+    for p in frozen.requires_grad_(False).parameters():  # another model than the policy, so that the loss is not log 2
+        p += 0.02 * p * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)).to(p)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.0, fused=True)
-    for kind in LENGTHS:
-        if only and not any(word in kind for word in only.split(",")):
-            continue
-        dataset = pairs_of(kind, count, decoder.shape.vocab_size)
+    for p in decoder.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # its state is there before anything is measured
+    optimizer.zero_grad()
+    made = {kind: lambda n, kind=kind: pairs_of(kind, n, decoder.shape.vocab_size) for kind in LENGTHS}
+    if o.data:
+        made["real rows"] = lambda n: real_pairs(o.data, path, n)
+    made = {kind: make for kind, make in made.items() if not o.only or any(word in kind for word in o.only.split(","))}
+    for kind, make in made.items():
+        dataset = make(count)
         single = data.as_dataset([data.with_responses(e, [r])._replace(chosen=[], rejected=[], margin=[])
                                   for e in dataset.examples for r in e.responses], Counter())
-        layouts = {id(d): data.Layout(sum(e.length for e in d.examples), False, False, losses.head_chunk(
-            decoder.shape.vocab_size, device), device) for d in (dataset, single)}
+        layouts = {id(d): data.Layout(int(d.lengths.sum()), False, False, o.device) for d in (dataset, single)}
         usual = lambda m: padded_logps(m, dataset.examples)
         ways = {"padded, as usual": (usual, None)}
         ways["+ packing"] = (lambda m: packed_logps(m, single, layouts[id(single)], "all"), None)
@@ -358,27 +393,285 @@ def bench_dpo(device: str, rounds: int, only: str, folder: str):
         ways["+ cached reference"] = (ways["+ prefix sharing"][0], table)
         ways["+ fused head (ours)"] = (lambda m: packed_logps(m, dataset, layouts[id(dataset)], "fused"), table)
 
-        def step(way, update=True):
-            logps, cached = way
+        def step(way, spent):
+            begin, (logps, cached) = time.perf_counter(), way
             with torch.no_grad():
                 reference = logps(frozen) if cached is None else cached
             loss = losses.dpo(*logps(decoder), *reference, beta=0.1)[0].sum() / count
             loss.backward()
-            grad = None if update else torch.cat([p.grad.flatten() for p in decoder.parameters()])
-            if update:
-                optimizer.step()
+            optimizer.step()
+            spent += [loss.item(), time.perf_counter() - begin]
+        times, memory, error, true = {name: [] for name in ways}, {}, {}, None
+        for name, way in [*ways.items()] * o.rounds:
+            spent = []
+            memory[name] = peak(lambda: step(way, spent), o.device)
+            loss, seconds = spent
+            times[name].append(seconds)
+            grad = torch.cat([p.grad.flatten() for p in decoder.parameters()])
+            true = true or (loss, grad)  # the padded step's
+            error[name] = (abs(loss - true[0]), ((grad - true[1]).norm() / true[1].norm()).item())
             optimizer.zero_grad()
-            return loss.item(), grad
-        found = {name: step(way, update=False) for name, way in ways.items()}
-        true_loss, true_grad = next(iter(found.values()))
-        error = {name: (abs(loss - true_loss), ((grad - true_grad).norm() / true_grad.norm()).item())
-                 for name, (loss, grad) in found.items()}
-        del found, true_grad
-        times = measure({name: lambda way=way: step(way) for name, way in ways.items()}, device, rounds)
-        base = next(iter(times.values()))[0]
-        for name, (seconds, memory) in times.items():
+        seconds = {name: statistics.median(found) for name, found in times.items()}
+        for name in ways:
             off = "{:.0e} | {:.0e}".format(*error[name])
-            print(f"| {kind} | {name} | {seconds:.2f} | {base / seconds:.2f}x | {memory:,.0f} | {off} |", flush=True)
+            ratio = seconds["padded, as usual"] / seconds[name]
+            print(f"| {kind} | {name} | {seconds[name]:.2f} | {ratio:.2f}x | {memory[name]:,.0f} | {off} |", flush=True)
+    print("\n| lengths | steps of | padding of compiled streams |\n|---|---|---|")
+    for kind, make in made.items():
+        dataset = make(1024)
+        for size in (8, 64, 256):
+            share = padding(dataset, data.stream_length([dataset], size, 0), size)
+            print(f"| {kind} | {size} | {share:.2%} |", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One epoch of the same rows in TRL and here, in turn, each in a process of its own
+
+
+class Work(NamedTuple):
+    objective: str  # here
+    trainer: str  # TRL's
+    dtype: str  # of compute; weights are fp32 on both sides
+    theirs: dict  # changes to TRL's config
+    rows: Callable  # (prompt, chosen, rejected) -> rows of TRL's
+
+
+as_pair = lambda p, c, r: [{"prompt": p, "chosen": c, "rejected": r}]
+as_answer = lambda p, c, r: [{"prompt": p, "completion": c}]
+as_labelled = lambda p, c, r: [{"prompt": p, "completion": c, "label": True}, {"prompt": p, "completion": r, "label": False}]
+WORK = {"dpo": Work("dpo", "DPO", "float32", {}, as_pair),
+        "dpo, TRL precomputes": Work("dpo", "DPO", "float32", {"precompute_ref_log_probs": True}, as_pair),
+        "dpo, bf16": Work("dpo", "DPO", "bfloat16", {}, as_pair), "reward": Work("rm", "Reward", "float32", {}, as_pair),
+        "kto": Work("kto", "KTO", "float32", {}, as_labelled), "sft": Work("sft", "SFT", "float32", {}, as_answer),
+        "sft, TRL packs": Work("sft", "SFT", "float32", {"packing": True}, as_answer)}
+
+
+class Cost(NamedTuple):
+    steps: float  # seconds of all steps
+    reference: float  # seconds of the pass before them
+    memory: float  # GB, the process's peak
+
+
+def in_trl(work: Work, folder: str, pairs: list, batch: int, device: str) -> Cost:
+    os.environ.update(HF_HUB_OFFLINE="1", TRL_TELEMETRY="0", TOKENIZERS_PARALLELISM="false")
+    import datasets
+    import transformers
+    import trl
+    spent = {"steps": 0.0, "reference": 0.0}
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            sync(device)
+            spent["steps"] -= time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            sync(device)
+            spent["steps"] += time.perf_counter()
+    precompute = trl.DPOTrainer._precompute_ref_logps
+    trl.DPOTrainer._precompute_ref_logps = timed(precompute, spent, device)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    judge = work.trainer == "Reward"
+    kind = transformers.AutoModelForSequenceClassification if judge else transformers.AutoModelForCausalLM
+    policy = kind.from_pretrained(folder, dtype=torch.float32, **({"num_labels": 1} if judge else {}))
+    policy.config.pad_token_id = tokenizer.pad_token_id
+    rows = [row for pair in pairs for row in work.rows(*pair)]
+    given = dict(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch * len(rows) // len(pairs), num_train_epochs=1,
+                 learning_rate=1e-6, lr_scheduler_type="constant", max_length=512, report_to=[], save_strategy="no",
+                 logging_steps=1, gradient_checkpointing=False, bf16=work.dtype == "bfloat16", use_cpu=device == "cpu",
+                 disable_tqdm=True, optim="adamw_torch_fused", weight_decay=0.0)
+    trainer = getattr(trl, f"{work.trainer}Trainer")(
+        model=policy, args=getattr(trl, f"{work.trainer}Config")(**given, **work.theirs),
+        train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()])
+    trainer.train()
+    return Cost(spent["steps"], spent["reference"], highest(device))
+
+
+def in_ours(work: Work, folder: str, pairs: list, batch: int, device: str, options: str) -> Cost:
+    import train
+    spent, out = {"reference": 0.0}, Path(tempfile.mkdtemp())
+    reference.sweep = timed(reference.sweep, spent, device)
+    rows = [as_answer(*pair)[0] if work.objective == "sft" else as_pair(*pair)[0] for pair in pairs]  # kto takes pairs, too
+    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train.train(config.load([
+        f"--objective={work.objective}", f"--init_from={folder}", f"--train_data={out / 'rows.jsonl'}", f"--batch_size={batch}",
+        "--epochs=1", "--lr=1e-6", "--schedule=constant", "--max_length=512", f"--device={device}", f"--dtype={work.dtype}",
+        f"--out_dir={out / 'run'}", f"--cache_dir={out / 'cache'}", *options.split()]))
+    lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    return Cost(sum(line["seconds"] for line in lines), spent["reference"], highest(device))
+
+
+def timed(function: Callable, spent: dict, device: str) -> Callable:
+    """The same function, whose seconds are added to spent["reference"]."""
+    def clocked(*given, **named):
+        begin = time.perf_counter()
+        made = function(*given, **named)
+        sync(device)
+        spent["reference"] += time.perf_counter() - begin
+        return made
+    return clocked
+
+
+def highest(device: str) -> float:
+    used = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else resident("VmHWM") / 2**10
+    shutil.rmtree(tempfile.gettempdir())  # of this process alone
+    return used
+
+
+def alone(function: Callable, *given) -> Cost:
+    """The function's result from a new process, whose output and files go nowhere."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), silent, (tempfile.mkdtemp(),)) as pool:
+        return pool.submit(function, *given).result()
+
+
+def silent(folder: str):
+    tempfile.tempdir, nowhere = folder, os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+
+
+def bench_trl(o):
+    """Seconds of a pair and the process's peak, one epoch of --pairs pairs in steps of 8."""
+    if not (o.model and o.data):
+        raise SystemExit("trl needs --model, a model folder, and --data, preference rows")
+    path, batch = model.find_folder(o.model), 8
+    tokenizer, pairs = data.Tokenizer(path), []
+    for _, row in data.read_rows(o.data):
+        draft = data.preference_row(json.loads(row), "last", False)
+        texts = (draft.prompt, *draft.responses)
+        text = all(isinstance(t, str) and t for t in texts)
+        if text and max(len(tokenizer.fast.encode(texts[0] + response).ids) for response in texts[1:]) < 510:
+            pairs.append(texts)
+    count = o.pairs or 16
+    pairs = pairs[::max(1, len(pairs) // count)][:count]
+    versions = ", ".join(f"{name} {importlib.import_module(name).__version__}" for name in ("trl", "transformers"))
+    print(f"{len(pairs)} pairs in steps of {batch}, {where(o.device)}, {versions}; seconds a pair and GB, here with "
+          f"`{o.options or 'defaults'}`.\n")
+    print("| work | TRL | here | ratio | TRL, GB | here, GB | ratio |\n|---|---|---|---|---|---|---|")
+    for name, work in WORK.items():
+        if o.only and name not in o.only.split("; "):
+            continue
+        theirs, ours = zip(*((alone(in_trl, work, str(path), pairs, batch, o.device),
+                              alone(in_ours, work, str(path), pairs, batch, o.device, o.options)) for _ in range(o.rounds)))
+        ways = {"": lambda cost: cost.steps}
+        if any(cost.reference for cost in ours):
+            ways[", with the reference pass"] = lambda cost: cost.steps + cost.reference
+        for way, seconds in ways.items():
+            there, here = (statistics.median(map(seconds, costs)) / len(pairs) for costs in (theirs, ours))
+            a, b = (statistics.median(cost.memory for cost in costs) for costs in (theirs, ours))
+            costs = f"{there:.2f} | {here:.2f} | {there / here:.2f}x | {a:.1f} | {b:.1f} | {a / b:.2f}x"
+            print(f"| {name}{way} | {costs} |", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How the cost of a step grows
+
+USUAL = {"length": 256, "pairs": 4, "vocabulary": 8192, "layers": 4}
+SCALED = {"length": (256, 512, 1024, 2048, 4096), "pairs": (2, 4, 8, 16, 32),
+          "vocabulary": (8192, 16_384, 32_768, 65_536, 131_072), "layers": (2, 4, 8, 16)}
+
+
+def step_of(length: int, pairs: int, vocabulary: int, layers: int, device: str) -> Callable:
+    """Forward and backward of a DPO step with a new Llama of width 256; half of the tokens are prompts."""
+    shape = dict(model_type="llama", vocab_size=vocabulary, hidden_size=256, intermediate_size=768, num_hidden_layers=layers,
+                 num_attention_heads=4, max_position_embeddings=length)
+    decoder = model.scratch(shape, 0).to(device)
+    rng = np.random.default_rng(0)
+    ids = lambda: rng.integers(3, vocabulary, length // 2).astype(np.int32)
+    mask = np.ones(length // 2, bool)
+    dataset = data.as_dataset([data.Example(ids(), [ids(), ids()], [mask, mask], [True, False], [0], [1], [0.0], "made up")
+                               for _ in range(pairs)], Counter())
+    layout = data.Layout(max(4096, 3 * length // 2), False, False, device)
+
+    def step():
+        for batch in data.micro_batches(dataset, np.arange(pairs), layout)[0]:
+            chosen, rejected = losses.by_response(batch, decoder(batch, ["log_probs"])["log_probs"]).sum(-1).view(-1, 2).t()
+            losses.dpo(chosen, rejected, torch.zeros_like(chosen), torch.zeros_like(chosen))[0].sum().backward()
+        decoder.zero_grad()
+    return step
+
+
+def bench_scaling(o):
+    """One of length, pairs, vocabulary and layers at a time."""
+    print(f"A DPO step, forward and backward, width 256, {where(o.device)}; of {USUAL} one grows; exponents: the fit to all "
+          f"values, and of the last doubling.\n")
+    print("| what grows | values | seconds | exponent | last | peak, MB | exponent |\n|---|---|---|---|---|---|---|")
+    for what, values in SCALED.items():
+        found = measure({value: step_of(**{**USUAL, what: value}, device=o.device) for value in values}, o.device, o.rounds)
+        seconds, memory = zip(*found.values())
+        fit = lambda y, last=0: np.polyfit(np.log(values[-last:]), np.log(y[-last:]), 1)[0]
+        row = [what, ", ".join(f"{v:,}" for v in values), ", ".join(f"{s:.2f}" for s in seconds), f"{fit(seconds):.2f}",
+               f"{fit(seconds, 2):.2f}", ", ".join(f"{m:,.0f}" for m in memory), f"{fit(memory):.2f}"]
+        print("|", " | ".join(row), "|", flush=True)
+
+
+def bench_ranks(o):
+    """The same DPO steps by one rank with all cores and by two with half of them each, in turn."""
+    if not (o.model and o.data):
+        raise SystemExit("ranks needs --model, a model folder, and --data, preference rows")
+    cores, found = torch.get_num_threads(), {1: [], 2: []}
+    for _ in range(o.rounds):
+        for ranks, seconds in found.items():
+            with tempfile.TemporaryDirectory() as folder:
+                how = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
+                run = ["--objective=dpo", f"--init_from={o.model}", f"--train_data={o.data}", f"--device={o.device}",
+                       f"--out_dir={folder}/run", f"--cache_dir={folder}", "--max_length=512", "--batch_size=8", "--max_steps=4",
+                       "--micro_batch_tokens=1024", "--reference_free=True", *o.options.split()]
+                subprocess.run([sys.executable, *how, "train.py", *run], check=True, capture_output=True,
+                               env={**os.environ, "OMP_NUM_THREADS": str(cores // ranks)})
+                lines = map(json.loads, (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines())
+                seconds.append(statistics.median(line["seconds"] for line in lines if line["step"] > 1))
+    one, two = map(statistics.median, found.values())
+    print(f"DPO steps of 8 pairs, {where(o.device)}, medians of {o.rounds} runs of 3 steps: one rank {one:.2f} s, two ranks with "
+          f"half of the cores each {two:.2f} s, overhead {two / one - 1:.0%}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How soon a run runs
+
+
+def bench_start(o):
+    """Import, the first step with and without compiled graphs on disk, and rows a second from text to ids on one core."""
+    print(f"Whole commands, {where(o.device)}, medians of {o.rounds}.\n\n| command | seconds |\n|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        def wall(*command, **environment):
+            begin = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, capture_output=True, env={**os.environ, **environment})
+            return time.perf_counter() - begin
+
+        def run(**options):
+            shutil.rmtree(f"{folder}/run", ignore_errors=True)
+            options |= {"max_steps": 1, "eval_data": "", "eval_prompts": "", "device": o.device, "out_dir": f"{folder}/run"}
+            return ["train.py", "--config", "configs/sft.py", *(f"--{key}={value}" for key, value in options.items())]
+
+        def cold():
+            shutil.rmtree(f"{folder}/graphs", ignore_errors=True)
+            return warm()
+        warm = lambda: wall(*run(compile=True), TORCHINDUCTOR_CACHE_DIR=f"{folder}/graphs")
+        commands = {"import torch": lambda: wall("-c", "import torch"), "import train": lambda: wall("-c", "import train"),
+                    "one step of configs/sft.py": lambda: wall(*run(compile=False)),
+                    "one step, compiled, nothing on disk": cold, "one step, compiled, graphs on disk": warm}
+        for name, command in commands.items():
+            print(f"| {name} | {statistics.median(command() for _ in range(o.rounds)):.1f} |", flush=True)
+        print("\n| rows | kind | tokens a row | rows/s | of which the tokenizer alone | MB held |\n|---|---|---|---|---|---|")
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        arithmetic = Path("tasks/arithmetic")
+        given = [(arithmetic, "sft", str(arithmetic / "sft.jsonl")), (arithmetic, "preference", str(arithmetic / "pairs.jsonl"))]
+        for path, kind, files in given + ([(model.find_folder(o.model), "preference", o.data)] if o.model and o.data else []):
+            rows = [json.dumps(json.loads(row)) + "\n" for _, row in data.read_rows(files)]
+            large, tokenizer = Path(folder) / f"{len(rows)}.jsonl", data.Tokenizer(path)
+            large.write_text("".join(rows * -(-100_000 // len(rows))))
+            gc.collect()
+            before, begin = resident("VmRSS"), time.perf_counter()
+            dataset = data.load(str(large), kind, tokenizer, config.Config(cache_dir=folder))
+            seconds, held = time.perf_counter() - begin, resident("VmRSS") - before
+            drafts = [data.FORMATS[kind](json.loads(row), "all", False) for row in rows]
+            texts = [text for d in drafts for text in (d.prompt, *(d.prompt + response for response in d.responses))]
+            begin = time.perf_counter()
+            tokenizer.fast.encode_batch(texts, add_special_tokens=False)
+            tokenized = len(rows) / (time.perf_counter() - begin)
+            print(f"| {len(dataset):,} of {Path(files).name} | {kind} | {dataset.lengths.mean():.0f} | "
+                  f"{len(dataset) / seconds:,.0f} | {tokenized:,.0f} | {held:,.0f} |", flush=True)
 
 
 def where(device: str) -> str:
@@ -386,16 +679,19 @@ def where(device: str) -> str:
     return f"{name}, torch {torch.__version__.split('+')[0]}"
 
 
+BENCHES = {"losses": bench_losses, "head": bench_head, "generate": bench_generate, "dpo": bench_dpo, "trl": bench_trl,
+           "scaling": bench_scaling, "ranks": bench_ranks, "start": bench_start}
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("losses", "head", "generate", "dpo"))
+    parser.add_argument("what", choices=list(BENCHES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="names, or parts of them, separated by commas")
-    parser.add_argument("--model", default="", help="generate, dpo: the model's folder")
-    arguments = parser.parse_args()
-    given = (arguments.device, arguments.rounds, arguments.only)
-    if arguments.what in ("generate", "dpo"):
-        {"generate": bench_generate, "dpo": bench_dpo}[arguments.what](*given, arguments.model)
-    else:
-        {"losses": bench_losses, "head": bench_head}[arguments.what](*given)
+    parser.add_argument("--model", default="", help="a model folder")
+    parser.add_argument("--data", default="", help="preference rows")
+    parser.add_argument("--pairs", type=int, default=0, help="dpo: of a step (8); trl: of an epoch (16)")
+    parser.add_argument("--options", default="", help="trl, ranks: of the runs here, e.g. '--micro_batch_tokens=1024'")
+    parser.add_argument("--dtype", default="float32", help="dpo: of weights and compute")
+    options = parser.parse_args()
+    BENCHES[options.what](options)
