@@ -1019,21 +1019,24 @@ def head_chunk(vocab_size: int, device: str = "cpu") -> int:
 
 
 def _chunk_logps(hidden, weight, target, temperature, entropy, collision, softmax):
-    """(C, D), (V, D), (C,) -> log-probs of the targets (C,) and, or None, entropies (C,), log sum_v p(v)^2 (C,) and the softmax
-    (C, V) in that dtype."""
+    """(C, D), (V, D), (C,) -> log-probs of the targets (C,) and, or None, entropies (C,), log sum_v p(v)^2 (C,) and softmax -
+    onehot (C, V) in that dtype: a target's own p - 1 is small where the model is sure, and would be lost in a rounded p."""
     logps = _logits(hidden, weight, temperature).log_softmax(-1)
-    return (logps.gather(1, target[:, None])[:, 0], -(logps.exp() * logps).sum(-1) if entropy else None,
-            (2 * logps).logsumexp(-1) if collision else None, logps.exp_().to(softmax) if softmax else None)
+    made = (logps.gather(1, target[:, None])[:, 0], -(logps.exp() * logps).sum(-1) if entropy else None,
+            (2 * logps).logsumexp(-1) if collision else None)
+    if softmax is None:
+        return *made, None
+    return *made, logps.exp_().scatter_add_(1, target[:, None], logps.new_full((len(logps), 1), -1.0)).to(softmax)
 
 
 def _chunk_grad(hidden, weight, target, temperature, grad_logps, grad_entropy, p):
     """d loss / d (hidden @ weight.T) (C, V): g (onehot - p) for the log-probs, -h p (log p + H) for the entropies, over the
-    temperature. p: the softmax, if it was kept."""
+    temperature. p: softmax - onehot, if it was kept."""
     if temperature != 1:
         grad_logps, grad_entropy = grad_logps / temperature, None if grad_entropy is None else grad_entropy / temperature
     if p is not None:
-        grad = p.mul_(-grad_logps[:, None])
-    elif grad_entropy is None:
+        return p.mul_(-grad_logps[:, None])
+    if grad_entropy is None:
         grad = _logits(hidden, weight, temperature).softmax(-1).mul_(-grad_logps[:, None])
     else:
         logps = _logits(hidden, weight, temperature).log_softmax(-1)
@@ -1053,14 +1056,15 @@ def _logits(hidden, weight, temperature):
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature, entropy, collision, chunk, keep, graphs):
-        ctx.save_for_backward(hidden, weight, target)
         ctx.temperature, ctx.entropy, ctx.chunk, ctx.graphs = temperature, entropy, chunk, graphs
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         frozen = need_hidden and not need_weight and not entropy
+        if not frozen:
+            ctx.save_for_backward(hidden, weight, target)
         ctx.jacobian, ctx.softmax, parts = torch.empty_like(hidden) if frozen else None, {}, []  # softmax: of the last chunks
         with torch.autocast(hidden.device.type, enabled=False):
             h, w = _LinearLogProbs.operands(hidden, weight)
-            body = compiled(_chunk_logps, dynamic=None) if graphs else _chunk_logps
+            body = compiled(_chunk_logps) if graphs else _chunk_logps
             keep = chunk * len(w) * h.element_size() if keep is None else keep
             for start in range(0, max(len(h), 1), chunk):
                 rows = slice(start, start + chunk)
@@ -1070,7 +1074,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 if kept:
                     ctx.softmax[start] = p
                 elif frozen:  # d log-prob / d hidden does not wait for what is upstream
-                    ctx.jacobian[rows] = torch.addmm(w[target[rows]], p, w, alpha=-1).div_(temperature)
+                    ctx.jacobian[rows] = torch.mm(p, w).div_(-temperature)
         logps, entropies, collisions = (None if column[0] is None else torch.cat(column) for column in zip(*parts))
         if collision:
             ctx.mark_non_differentiable(collisions)
@@ -1091,7 +1095,7 @@ class _LinearLogProbs(torch.autograd.Function):
             return (ctx.jacobian * grad_logps[:, None]).to(ctx.jacobian.dtype), *[None] * 8
         hidden, weight, target = ctx.saved_tensors
         h, w = _LinearLogProbs.operands(hidden, weight)
-        body = compiled(_chunk_grad, dynamic=None) if ctx.graphs else _chunk_grad
+        body = compiled(_chunk_grad) if ctx.graphs else _chunk_grad
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(h) if need_hidden else None
         grad_weight = torch.zeros_like(w, dtype=grad_logps.dtype) if need_weight else None

@@ -78,6 +78,20 @@ def test_backward_twice():
     assert all(torch.allclose(a, b) for a, b in zip(first, second))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_what_is_kept_in_bf16_loses_no_confident_token(temperature):
+    """As on CUDA: rounded to bf16 behind the subtraction of the target's one, it has the gradient of fp32 to a bf16 ulp."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(64, 24, generator=generator), torch.randn(331, 24, generator=generator)
+    target = (hidden @ weight.T).argmax(-1)  # where the model is sure
+    upstream = torch.randn(64, generator=generator)
+    p = losses._chunk_logps(hidden, weight, target, temperature, False, False, torch.bfloat16)[3]
+    kept = losses._chunk_grad(hidden, weight, target, temperature, upstream, None, p)
+    exact = losses._chunk_grad(hidden.double(), weight.double(), target, temperature, upstream.double(), None, None)
+    assert p.dtype == kept.dtype == torch.bfloat16
+    assert ((kept - exact).norm(dim=1) <= 2**-7 * exact.norm(dim=1)).all()
+
+
 def test_nothing_is_kept_without_grad(monkeypatch):
     kept, chunk = [], losses._chunk_logps
     monkeypatch.setattr(losses, "_chunk_logps", lambda *given: kept.append(given[-1]) or chunk(*given))
