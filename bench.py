@@ -6,8 +6,10 @@ above what was there before. Liger-Kernel, cut-cross-entropy and transformers ar
 import argparse
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.optim.adamw import adamw
 
 import config
 import data
@@ -69,14 +72,17 @@ def peak(function: Callable, device: str) -> float:
 
 def measure(functions: dict[str, Callable], device: str, rounds: int, least: float = 0.002) -> dict[str, tuple]:
     """name -> (median seconds of a call, peak MB). Functions take turns; a turn lasts at least `least` seconds."""
-    repeats = {}
+    repeats = dict.fromkeys(functions, 1)
     for name, function in functions.items():
-        function()  # compiles
-        sync(device)
-        begin = time.perf_counter()
-        function()
-        sync(device)
-        repeats[name] = max(1, int(least / max(time.perf_counter() - begin, 1e-7)))
+        for first in (True, False):  # the first call compiles
+            sync(device)
+            begin = time.perf_counter()
+            function()
+            sync(device)
+            seconds = time.perf_counter() - begin
+            if first and seconds > 3:
+                break  # one call is enough to warm it up
+            repeats[name] = max(1, int(least / max(seconds, 1e-7)))
     times = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
@@ -200,7 +206,10 @@ def heads(device: str) -> dict[str, Callable]:
     naive = lambda h, w, t: (h @ w.t()).float().log_softmax(-1).gather(1, t[:, None])[:, 0]
     made = {"naive": naive, "naive, compiled": torch.compile(naive),
             "fused (ours)": lambda h, w, t: losses.linear_log_probs(h, w, t)[0],
-            "fused, compiled (ours)": lambda h, w, t: losses.linear_log_probs(h, w, t, compiled=True)[0]}
+            "fused, compiled (ours)": lambda h, w, t: losses.linear_log_probs(h, w, t, compiled=True)[0],
+            "fused, compiled, 1 GB of softmax kept (ours)":
+                lambda h, w, t: losses.linear_log_probs(h, w, t, compiled=True, keep=2**30)[0],
+            "fused, compiled, frozen weight (ours)": lambda h, w, t: losses.linear_log_probs(h, w, t, compiled=True)[0]}
     if hasattr(F, "linear_cross_entropy"):
         chunked = torch.nn.LinearCrossEntropyOptions()
         made["F.linear_cross_entropy"] = lambda h, w, t: -F.linear_cross_entropy(h, w, t, reduction="none", options=chunked)
@@ -223,36 +232,43 @@ def heads(device: str) -> dict[str, Callable]:
 
 
 def bench_head(o):
-    dtype = torch.bfloat16 if o.device == "cuda" else torch.float32
-    tokens, width = (16_384, 2048) if o.device == "cuda" else (2048, 512)
-    print(f"Log-probs of {tokens:,} tokens and their gradient, width {width}, {str(dtype).split('.')[1]}, {where(o.device)}. "
-          f"Difference: of the weight's gradient, to that of the first of its kind.\n")
-    print("| vocabulary | head | seconds | against the first | peak, MB | difference |\n|---|---|---|---|---|---|")
-    for vocab in (32_000, 151_936):
+    dtype, width = (torch.bfloat16, 2048) if o.device == "cuda" else (torch.float32, 512)
+    print(f"Log-probs and their gradient, width {width}, {str(dtype).split('.')[1]}, {where(o.device)}. Difference: of the hidden "
+          f"states' gradient, to that of the first of its kind.\n")
+    print("| vocabulary | tokens | head | seconds | against the first | peak, MB | difference |\n|---|---|---|---|---|---|---|")
+    for vocab, tokens in itertools.product(numbers(o.vocab), numbers(o.tokens)):
         generator = torch.Generator(o.device).manual_seed(0)
         hidden = torch.randn(tokens, width, generator=generator, device=o.device).to(dtype).requires_grad_(True)
-        weight = (torch.randn(vocab, width, generator=generator, device=o.device) / width**0.5).to(dtype).requires_grad_(True)
+        weight = torch.randn(vocab, width, generator=generator, device=o.device) / width**0.5
+        weight = weight.to(dtype).requires_grad_(True)
         target = torch.randint(vocab, (tokens,), generator=generator, device=o.device)
         upstream = torch.randn(tokens, generator=generator, device=o.device)
 
-        def step(head):
-            return torch.autograd.grad((head(hidden, weight, target).float() * upstream).sum(), (hidden, weight))
+        def step(name, head):
+            w = weight.detach() if "frozen" in name else weight
+            leaves = [x for x in (hidden, w) if x.requires_grad]
+            return torch.autograd.grad((head(hidden, w, target).float() * upstream).sum(), leaves)
         exact, error, functions = {}, {}, {}
         for name, head in heads(o.device).items():
             if o.only and not any(word in name for word in o.only.split(",")):
                 continue
             try:
-                grad = step(head)[1].float()
+                grad = step(name, head)[0].float()
                 true = exact.setdefault("simpo" in name.lower(), grad)  # of the two with a loss: the first's
                 error[name] = ((grad - true).norm() / true.norm()).item()
-                functions[name] = lambda head=head: step(head)
+                functions[name] = functools.partial(step, name, head)
             except Exception as problem:  # a peer that does not run here: say so and go on
-                print(f"| {vocab:,} | {name} | {type(problem).__name__}: {str(problem).splitlines()[0][:60]} | | | |")
+                said = f"{type(problem).__name__}: {str(problem).splitlines()[0][:60]}"
+                print(f"| {vocab:,} | {tokens:,} | {name} | {said} | | | |")
         found = measure(functions, o.device, o.rounds)
         base = next(iter(found.values()))[0]
         for name, (seconds, memory) in found.items():
-            ratio = f"{base / seconds:.2f}x"
-            print(f"| {vocab:,} | {name} | {seconds:.3g} | {ratio} | {memory:,.0f} | {error[name]:.1e} |", flush=True)
+            costs = f"{seconds:.3g} | {base / seconds:.2f}x | {memory:,.0f} | {error[name]:.1e}"
+            print(f"| {vocab:,} | {tokens:,} | {name} | {costs} |", flush=True)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
 
 
 def bench_generate(o):
@@ -440,10 +456,10 @@ as_pair = lambda p, c, r: [{"prompt": p, "chosen": c, "rejected": r}]
 as_answer = lambda p, c, r: [{"prompt": p, "completion": c}]
 as_labelled = lambda p, c, r: [{"prompt": p, "completion": c, "label": True}, {"prompt": p, "completion": r, "label": False}]
 WORK = {"dpo": Work("dpo", "DPO", "float32", {}, as_pair),
-        "dpo, TRL precomputes": Work("dpo", "DPO", "float32", {"precompute_ref_log_probs": True}, as_pair),
-        "dpo, bf16": Work("dpo", "DPO", "bfloat16", {}, as_pair), "reward": Work("rm", "Reward", "float32", {}, as_pair),
+        "dpo+precomputed": Work("dpo", "DPO", "float32", {"precompute_ref_log_probs": True}, as_pair),
+        "dpo+bf16": Work("dpo", "DPO", "bfloat16", {}, as_pair), "reward": Work("rm", "Reward", "float32", {}, as_pair),
         "kto": Work("kto", "KTO", "float32", {}, as_labelled), "sft": Work("sft", "SFT", "float32", {}, as_answer),
-        "sft, TRL packs": Work("sft", "SFT", "float32", {"packing": True}, as_answer)}
+        "sft+packing": Work("sft", "SFT", "float32", {"packing": True}, as_answer)}
 
 
 class Cost(NamedTuple):
@@ -452,7 +468,8 @@ class Cost(NamedTuple):
     memory: float  # GB, the process's peak
 
 
-def in_trl(work: Work, folder: str, pairs: list, batch: int, device: str) -> Cost:
+def in_trl(name: str, folder: str, pairs: list, batch: int, device: str) -> Cost:
+    work = WORK[name]
     os.environ.update(HF_HUB_OFFLINE="1", TRL_TELEMETRY="0", TOKENIZERS_PARALLELISM="false")
     import datasets
     import transformers
@@ -487,8 +504,9 @@ def in_trl(work: Work, folder: str, pairs: list, batch: int, device: str) -> Cos
     return Cost(spent["steps"], spent["reference"], highest(device))
 
 
-def in_ours(work: Work, folder: str, pairs: list, batch: int, device: str, options: str) -> Cost:
+def in_ours(name: str, folder: str, pairs: list, batch: int, device: str, options: str) -> Cost:
     import train
+    work = WORK[name]
     spent, out = {"reference": 0.0}, Path(tempfile.mkdtemp())
     reference.sweep = timed(reference.sweep, spent, device)
     rows = [as_answer(*pair)[0] if work.objective == "sft" else as_pair(*pair)[0] for pair in pairs]  # kto takes pairs, too
@@ -513,15 +531,14 @@ def timed(function: Callable, spent: dict, device: str) -> Callable:
 
 
 def highest(device: str) -> float:
-    used = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else resident("VmHWM") / 2**10
-    shutil.rmtree(tempfile.gettempdir())  # of this process alone
-    return used
+    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else resident("VmHWM") / 2**10
 
 
 def alone(function: Callable, *given) -> Cost:
     """The function's result from a new process, whose output and files go nowhere."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), silent, (tempfile.mkdtemp(),)) as pool:
-        return pool.submit(function, *given).result()
+    with tempfile.TemporaryDirectory() as folder:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), silent, (folder,)) as pool:
+            return pool.submit(function, *given).result()
 
 
 def silent(folder: str):
@@ -548,11 +565,11 @@ def bench_trl(o):
     print(f"{len(pairs)} pairs in steps of {batch}, {where(o.device)}, {versions}; seconds a pair and GB, here with "
           f"`{o.options or 'defaults'}`.\n")
     print("| work | TRL | here | ratio | TRL, GB | here, GB | ratio |\n|---|---|---|---|---|---|---|")
-    for name, work in WORK.items():
-        if o.only and name not in o.only.split("; "):
+    for name in WORK:
+        if o.only and name not in o.only.split(","):
             continue
-        theirs, ours = zip(*((alone(in_trl, work, str(path), pairs, batch, o.device),
-                              alone(in_ours, work, str(path), pairs, batch, o.device, o.options)) for _ in range(o.rounds)))
+        theirs, ours = zip(*((alone(in_trl, name, str(path), pairs, batch, o.device),
+                              alone(in_ours, name, str(path), pairs, batch, o.device, o.options)) for _ in range(o.rounds)))
         ways = {"": lambda cost: cost.steps}
         if any(cost.reference for cost in ours):
             ways[", with the reference pass"] = lambda cost: cost.steps + cost.reference
@@ -627,6 +644,57 @@ def bench_ranks(o):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What precision and optimizer cost in loss: configs/sft.py under each
+
+
+class RoundedAdamW(torch.optim.AdamW):
+    """AdamW whose weights and moments are bf16 and rounded stochastically: up or down, as likely as they are near."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                new = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                state = self.state[p] = self.state[p] or new
+                wide = [x.float() for x in (p, state["exp_avg"], state["exp_avg_sq"])]
+                given = {key: group[key] for key in ("lr", "weight_decay", "eps")}
+                adamw(
+                    wide[:1], [p.grad.float()], wide[1:2], wide[2:], [], [state["step"]], foreach=False, amsgrad=False,
+                    maximize=False, beta1=group["betas"][0], beta2=group["betas"][1], **given)
+                for narrow, x in zip((p, state["exp_avg"], state["exp_avg_sq"]), wide):
+                    bits = x.view(torch.int32) + torch.randint(2**16, x.shape, dtype=torch.int32)
+                    narrow.copy_((bits & -2**16).view(torch.float32))
+
+
+def in_precision(how: str, seed: int, steps: int) -> list[tuple]:
+    """(step, loss, exact match) of the evals."""
+    import train
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    out, load = Path(tempfile.mkdtemp()), model.load_model
+    if how == "bf16, stochastic rounding":
+        def narrow(*given):
+            decoder, saved = load(*given)
+            return decoder.to(torch.bfloat16), saved
+        model.load_model, torch.optim.AdamW = narrow, lambda groups, **options: RoundedAdamW(groups, **{**options, "fused": False})
+    dtype = "float32" if how == "fp32" else "bfloat16"
+    train.train(config.load(["--config", "configs/sft.py", f"--seed={seed}", f"--out_dir={out / 'run'}", f"--dtype={dtype}",
+                             "--device=cpu", f"--max_steps={steps}", f"--eval_every={max(1, steps // 4)}", f"--cache_dir={out}"]))
+    lines = map(json.loads, (out / "run" / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"], line["exact_match"]) for line in lines if line["split"] == "eval"]
+
+
+def bench_precision(o):
+    """fp32; bf16 compute over fp32 weights, gradients and moments; all of them bf16."""
+    print("configs/sft.py, eval loss of three seeds along the run, and exact match at its end.\n")
+    print("| weights and compute | step: losses | exact match |\n|---|---|---|")
+    for how in ("fp32", "bf16 over fp32", "bf16, stochastic rounding"):
+        runs = [alone(in_precision, how, seed, o.steps) for seed in range(3)]
+        curves = "; ".join(f"{at[0][0]}: " + ", ".join(f"{loss:.3f}" for _, loss, _ in at) for at in zip(*runs))
+        print(f"| {how} | {curves} | {', '.join(f'{found[-1][2]:.3f}' for found in runs)} |", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # How soon a run runs
 
 
@@ -680,7 +748,7 @@ def where(device: str) -> str:
 
 
 BENCHES = {"losses": bench_losses, "head": bench_head, "generate": bench_generate, "dpo": bench_dpo, "trl": bench_trl,
-           "scaling": bench_scaling, "ranks": bench_ranks, "start": bench_start}
+           "scaling": bench_scaling, "ranks": bench_ranks, "start": bench_start, "precision": bench_precision}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -690,6 +758,9 @@ if __name__ == "__main__":
     parser.add_argument("--only", default="", help="names, or parts of them, separated by commas")
     parser.add_argument("--model", default="", help="a model folder")
     parser.add_argument("--data", default="", help="preference rows")
+    parser.add_argument("--vocab", default="32000,151936", help="head: sizes")
+    parser.add_argument("--tokens", default="1024,4096", help="head: how many")
+    parser.add_argument("--steps", type=int, default=1000, help="precision: of a run")
     parser.add_argument("--pairs", type=int, default=0, help="dpo: of a step (8); trl: of an epoch (16)")
     parser.add_argument("--options", default="", help="trl, ranks: of the runs here, e.g. '--micro_batch_tokens=1024'")
     parser.add_argument("--dtype", default="float32", help="dpo: of weights and compute")
