@@ -7,6 +7,7 @@ import inspect
 import math
 import multiprocessing
 import runpy
+import signal
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -144,6 +145,7 @@ class Workers:
 def begin(file: str, name: str):
     """In a worker: the function, from its own file."""
     global function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the run, which finishes its step
     function = runpy.run_path(file)[name]
 
 

@@ -4,22 +4,27 @@ Reads top to bottom in the order in which things happen: machine, stage, model, 
 Nothing here knows an objective by name: what a loss needs follows from what it reads (losses.READINGS).
 """
 import contextlib
+import errno
 import functools
 import gc
 import json
 import math
 import os
+import re
 import resource
 import shutil
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -72,6 +77,10 @@ class Machine(NamedTuple):
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is raised on one of the ranks."""
+        return flag if self.world == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)))
 
     def barrier(self):
         if self.world > 1:
@@ -170,8 +179,9 @@ def train(cfg):
         [{"params": group, "weight_decay": cfg.weight_decay * matrix, "peak": of_critic and cfg.critic_lr or cfg.lr}
          for (matrix, of_critic), group in sorted(groups.items(), reverse=True)], lr=cfg.lr, betas=cfg.betas, fused=True)
     scaler = torch.amp.GradScaler(machine.device, enabled=machine.dtype == torch.float16)
+    skipped = torch.zeros(2, device=machine.device)  # steps that were not finite: all of them, and those in a row up to now
     steps = cfg.max_steps or math.ceil(cfg.epochs * supply.per_epoch)
-    done = resume(out, decoder, optimizer, scaler, running, supply, machine, say) if cfg.resume else 0
+    done = resume(out, decoder, optimizer, scaler, running, skipped, supply, machine, say) if cfg.resume else 0
 
     predicted = [name for name in losses.PREDICTED if any(name in term.reads for term in terms)]
 
@@ -209,7 +219,7 @@ def train(cfg):
         return line
 
     def save(step: int):
-        save_checkpoint(out, step, decoder, optimizer, scaler, running, supply, cfg, machine)
+        save_checkpoint(out, step, decoder, optimizer, scaler, running, skipped, supply, cfg, machine)
 
     def unless_lost(done: int, act: Callable):
         """act(steps done), which calls the user's functions: if one of them fails, nothing of the run is lost."""
@@ -218,6 +228,43 @@ def train(cfg):
         except ValueError:
             save(done)
             raise
+
+    def gradient(dataset, rows, epoch: int, rank: int = 0, world: int = 1) -> tuple["Meter", dict]:
+        """This rank's share of these rows, forward and backward; what they sum up to and what they count."""
+        batches, counts = data.micro_batches(dataset, rows, layout, rank, world)
+        for source in sources:
+            source["train"](batches, epoch)
+        meter = Meter()
+        for i, batch in enumerate(batches):
+            waits = machine.world > 1 and i < len(batches) - 1  # gradients are reduced with the last one
+            with wrapped.no_sync() if waits else contextlib.nullcontext():
+                with machine.autocast():
+                    streams = wrapped(batch, outputs)
+                loss, metrics = losses.total(terms, streams, batch, counts)
+                scaler.scale(loss * machine.world).backward()  # DDP averages over ranks, the counts are of all of them
+            meter.add(loss, metrics)
+        return meter, counts
+
+    def finite(meter: "Meter", grad_norm) -> torch.Tensor:
+        """Of all ranks, on the device."""
+        return machine.sum(meter.sums["loss"][0].clone()).isfinite() & grad_norm.isfinite()
+
+    def stop_for(step: int, dataset, rows):
+        """Save, and name the rows of the step whose loss or gradient is not finite when they are alone in it."""
+        in_a_row = int(skipped[1])
+        skipped[1] = 0  # a resumed run counts anew
+        save(step)
+        names = []
+        for row in rows:
+            meter, _ = gradient(dataset, [row], (step - 1) // supply.per_epoch)
+            if not finite(meter, torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])):
+                names.append(dataset.examples[row].where)
+            optimizer.zero_grad()
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        said = f"not finite alone: {', '.join(names[:5])}{more}" if names else "each of them alone is finite"
+        raise ValueError(f"{in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not finite, "
+                         f"and changed no weight. Of the {len(rows)} rows of this step, {said}. checkpoint-{step} is saved: "
+                         f"repair the rows or lower lr, and go on with --resume")
 
     # The loop
     if machine.rank == 0:
@@ -230,22 +277,12 @@ def train(cfg):
     if machine.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     begin, since, tokens = time.perf_counter(), 0, 0  # of the steps since the last line
-    for step in range(done + 1, steps + 1):  # its number is that of the steps done when it ends
+    told = []  # to stop
+    for step in noting_signals(range(done + 1, steps + 1), told):  # its number is that of the steps done when it ends
         pause = time.perf_counter()
         dataset, rows = unless_lost(step - 1, supply.rows)
         begin += time.perf_counter() - pause
-        batches, counts = data.micro_batches(dataset, rows, layout, machine.rank, machine.world)
-        for source in sources:
-            source["train"](batches, (step - 1) // supply.per_epoch)
-        meter = Meter()
-        for i, batch in enumerate(batches):
-            waits = machine.world > 1 and i < len(batches) - 1  # gradients are reduced with the last one
-            with wrapped.no_sync() if waits else contextlib.nullcontext():
-                with machine.autocast():
-                    streams = wrapped(batch, outputs)
-                loss, metrics = losses.total(terms, streams, batch, counts)
-                scaler.scale(loss * machine.world).backward()  # DDP averages over ranks, the counts are of all of them
-            meter.add(loss, metrics)
+        meter, counts = gradient(dataset, rows, (step - 1) // supply.per_epoch, machine.rank, machine.world)
         add_step(running, meter, machine)
         lr = learning_rate(cfg, cfg.lr, step - 1, steps)
         for group in optimizer.param_groups:
@@ -254,7 +291,10 @@ def train(cfg):
             parameter.grad = None  # the optimizer passes it by
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
-        scaler.step(optimizer)
+        bad = (~finite(meter, grad_norm)).float()
+        skipped = torch.stack([skipped[0] + bad, (skipped[1] + 1) * bad])
+        optimizer.found_inf = bad  # a fused optimizer passes the step by, weights and moments, without asking the host
+        optimizer.step()
         scaler.update()
         optimizer.zero_grad()
         bar.update()
@@ -265,16 +305,24 @@ def train(cfg):
             seconds = (time.perf_counter() - begin) / since
             line = write_line({
                 "step": step, "split": "train", **supply.metrics, **metrics, "grad_norm": grad_norm.item(), "lr": lr,
-                "tokens": counts["stream_tokens"], "tokens_per_second": tokens / since / seconds,
+                "skipped_steps": int(skipped[0]), "tokens": counts["stream_tokens"], "tokens_per_second": tokens / since / seconds,
                 "seconds": seconds, "peak_memory_gb": peak_memory_gb(machine)})
+            if skipped[1] >= cfg.max_skipped_steps:
+                stop_for(step, dataset, rows)
             bar.set_postfix({"loss": f"{line['loss']:.4f}", **({show.split("/")[-1]: f"{line[show]:.3f}"} if show in line else {}),
                              "tok/s": f"{line['tokens_per_second']:,.0f}"})
             begin, since, tokens = time.perf_counter(), 0, 0
         pause = time.perf_counter()
         if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
             last = unless_lost(step, evaluate)
-        if cfg.save_every and step % cfg.save_every == 0:
+        reads = machine.world == 1 or step % cfg.log_every == 0  # ranks agree where they wait for each other anyway
+        stops = step < steps and reads and machine.any(bool(told))
+        if stops or cfg.save_every and step % cfg.save_every == 0:
             save(step)
+        if stops:
+            bar.close()
+            say(f"stopped by a signal after step {step}: {out / f'checkpoint-{step}'} is saved, go on with --resume")
+            raise SystemExit(128 + (told[0] if told else signal.SIGTERM))
         begin += time.perf_counter() - pause
     bar.close()
 
@@ -289,6 +337,32 @@ def train(cfg):
                    if name in first and name in last]
         say(f"{out}: {'; '.join(['before -> after', *changes]) if changes else 'done'}; model in {out / 'model'}")
     machine.barrier()
+    if machine.any(bool(told)):  # in the last step: it is done, what would follow is not
+        raise SystemExit(128 + (told[0] if told else signal.SIGTERM))
+
+
+def noting_signals(steps: range, told: list[int]) -> Iterator[int]:
+    """The steps; while they last, SIGTERM and SIGINT go into told. A second one acts at once, unless it comes within a second:
+    launchers repeat what a terminal has sent."""
+    if threading.current_thread() is not threading.main_thread():
+        yield from steps
+        return
+
+    def note(number, frame):
+        if not told:
+            told.append(number)
+            first.append(time.monotonic())
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: finishing this step, then saving; a second one stops at once\n".encode())
+        elif time.monotonic() > first[0] + 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+    first, before = [], {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield from steps
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
@@ -581,7 +655,12 @@ def peak_memory_gb(machine: Machine) -> float:
 
 def write_text(path: Path, text: str):
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    try:
+        part.write_text(text)
+        fsync(part)
+    except OSError:
+        part.unlink()
+        raise
     os.replace(part, path)
 
 
@@ -595,9 +674,13 @@ def publish(folder: Path, write: Callable):
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
     part.mkdir()
-    write(part)
-    for path in [*part.iterdir(), part]:
-        fsync(path)
+    try:
+        write(part)
+        for path in [*part.iterdir(), part]:
+            fsync(path)
+    except Exception:
+        shutil.rmtree(part)  # on a full disk the space is needed
+        raise
     if folder.exists():
         folder.rename(old)
     part.rename(folder)
@@ -617,7 +700,7 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
-def save_checkpoint(out: Path, step: int, decoder, optimizer, scaler, running: dict, supply, cfg, machine: Machine):
+def save_checkpoint(out: Path, step: int, decoder, optimizer, scaler, running: dict, skipped, supply, cfg, machine: Machine):
     """Master weights, optimizer state and what carries between steps. Fixed rows need no state: they are f(seed, step)."""
     if machine.rank == 0:
         def write(folder):
@@ -628,6 +711,7 @@ def save_checkpoint(out: Path, step: int, decoder, optimizer, scaler, running: d
             write_json(folder / "state.json", {"step": step, "world_size": machine.world, "scaler": scaler.state_dict(),
                                                "supply": supply.save(folder, step),
                                                "running": {name: pair.tolist() for name, pair in running.items()},
+                                               "skipped": skipped.tolist(),
                                                "reward": {k: v for k, v in decoder.config.items() if k in REWARD},
                                                "config": config.as_json(cfg)})
         publish(out / f"checkpoint-{step}", write)
@@ -636,7 +720,7 @@ def save_checkpoint(out: Path, step: int, decoder, optimizer, scaler, running: d
     machine.barrier()
 
 
-def resume(out: Path, decoder, optimizer, scaler, running: dict, supply, machine: Machine, say: Callable) -> int:
+def resume(out: Path, decoder, optimizer, scaler, running: dict, skipped, supply, machine: Machine, say: Callable) -> int:
     """Put the newest checkpoint back; metrics past it are dropped. Returns the steps done."""
     found = checkpoints(out)
     machine.barrier()
@@ -645,10 +729,10 @@ def resume(out: Path, decoder, optimizer, scaler, running: dict, supply, machine
     if machine.rank == 0 and (out / "metrics.jsonl").is_file():
         lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and step and json.loads(line)["step"] <= step]
-        (out / "metrics.jsonl").write_text("".join(kept))
+        write_text(out / "metrics.jsonl", "".join(kept))
     if not folder:
         return 0
-    weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+    weights, moments, state = read_checkpoint(folder, decoder)
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             parameter.copy_(weights[name])
@@ -656,17 +740,38 @@ def resume(out: Path, decoder, optimizer, scaler, running: dict, supply, machine
                 continue
             optimizer.state[parameter] = {key: moments[f"{name}.{key}"].to(machine.device)
                                           for key in ("step", "exp_avg", "exp_avg_sq")}
-    state = model.read_json(folder / "state.json")
     decoder.config |= state.get("reward", {})
     for name, pair in running.items():
         if name not in state.get("running", {}):
             raise ValueError(f"{folder / 'state.json'}: {name} is missing; another objective was trained there, name another "
                              f"--out_dir")
         pair.copy_(torch.tensor(state["running"][name], dtype=pair.dtype))
+    skipped.copy_(torch.tensor(state.get("skipped", [0.0, 0.0])))
     if scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     supply.restore(folder, step, state["supply"])
     return step
+
+
+def read_checkpoint(folder: Path, decoder) -> list[dict]:
+    """Weights, the optimizer's tensors and state.json, or an error that names the file and the way out."""
+    readers = {"model.safetensors": load_file, "optimizer.safetensors": load_file, "state.json": model.read_json}
+    found, file = [], folder
+    try:
+        for name, read in readers.items():
+            file = folder / name
+            found.append(read(file))
+        missing = {"supply", "scaler"} - found[2].keys()
+        if missing:
+            raise ValueError(f"{' and '.join(sorted(missing))} missing")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{file}: {error}; remove the folder to go on from an older one, or name another --out_dir") from None
+    weights = found[0]
+    other = [name for name, p in decoder.named_parameters() if name not in weights or weights[name].shape != p.shape]
+    if other:
+        raise ValueError(f"{folder / 'model.safetensors'}: {other[0]} is not that of this model; another one was trained there, "
+                         f"name another --out_dir")
+    return found
 
 
 def main(arguments: list[str]):
@@ -679,6 +784,15 @@ def main(arguments: list[str]):
         if Path(raised_in).parent != Path(__file__).parent:
             raise
         sys.exit(f"error: {error}")
+    except RuntimeError as error:  # gloo's; NCCL's watchdog ends the process by itself
+        if not (dist.is_initialized() and re.search("connection (closed|reset)|timed out", str(error), re.IGNORECASE)):
+            raise
+        traceback.print_exc()
+        sys.exit(f"error: another rank is gone ({str(error).splitlines()[0][:120]}); checkpoints are whole: go on with --resume")
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", 0) not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error).lower():
+            raise
+        sys.exit(f"error: the disk is full ({error}); checkpoints that were whole are whole: make room, and go on with --resume")
     finally:
         if dist.is_initialized():
             gc.collect()  # DDP's wrapper, before its process group

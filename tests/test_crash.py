@@ -1,0 +1,276 @@
+"""A run outlives what happens to runs: kill -9 at any moment, signals, lost ranks, a full disk, numbers that are not finite.
+
+`python -m pytest tests -m crash` kills sft and ppo 50 times and every other objective 10 times; the tests that always run do so less often.
+"""
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import losses
+import model
+import train
+from conftest import ROOT
+from test_train import REWARD, ROWS, SMALL, TRAINED, lines, options, run, weights
+
+FORKS = multiprocessing.get_context("forkserver")  # a process that has imported torch: a run starts in no time
+
+
+@pytest.fixture(autouse=True)
+def server(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    FORKS.set_forkserver_preload(["train"])
+
+
+def child(arguments: list[str]):
+    os.chdir(ROOT)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    torch.set_num_threads(1)
+    train.main(arguments)
+
+
+def start(arguments: list[str]):
+    process = FORKS.Process(target=child, args=(list(map(str, arguments)),))
+    process.start()
+    return process
+
+
+def whole(out: Path) -> int:
+    """Everything that goes by the name of a checkpoint can be read. Returns the newest one's step."""
+    newest = 0
+    for folder in train.checkpoints(out):
+        state = json.loads((folder / "state.json").read_text())
+        parts = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+        assert all(t.isfinite().all() for part in parts for t in part.values())
+        newest = state["step"]
+        assert folder.name == f"checkpoint-{newest}"
+    return newest
+
+
+def same(one: Path, other: Path):
+    a, b = weights(one / "model"), weights(other / "model")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    for x, y in zip(lines(one), lines(other), strict=True):
+        assert (x["step"], x["loss"], x["grad_norm"]) == (y["step"], y["loss"], y["grad_norm"])
+
+
+def survive(name: str, kills: int, tmp_path: Path, steps: int = 24) -> dict:
+    """Kill runs of an objective at random moments, until there were so many kills; each run that gets to its end ends as the one
+    that was left alone did."""
+    more = dict(save_every=2, max_steps=steps, micro_batch_tokens=256)
+    undisturbed = options(tmp_path, name, "whole", **more)
+    for _ in range(2):  # the first one starts the server and fills caches
+        shutil.rmtree(tmp_path / "whole", ignore_errors=True)
+        begin = time.monotonic()
+        process = start(undisturbed)
+        process.join()
+        assert process.exitcode == 0
+    longest, rng, seen = time.monotonic() - begin, random.Random(name), {"kills": 0, "while saving": 0, "runs": 0}
+    while seen["kills"] < kills or process.exitcode != 0:
+        process = start([*options(tmp_path, name, "run", **more), "--resume"])
+        process.join(rng.uniform(0, longest) if seen["kills"] < kills else None)
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            seen["kills"] += 1
+            seen["while saving"] += any((tmp_path / "run").glob("checkpoint-*.part"))
+            whole(tmp_path / "run")
+        else:
+            assert process.exitcode == 0
+            same(tmp_path / "whole", tmp_path / "run")
+            seen["runs"] += 1
+            if seen["kills"] < kills:
+                shutil.rmtree(tmp_path / "run")
+    return seen
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+def test_killed_a_few_times(name, tmp_path):
+    survive(name, 4, tmp_path, 8)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("name", TRAINED)
+def test_killed_many_times(name, tmp_path):
+    print(f"{name}:", survive(name, 50 if name in ("sft", "ppo") else 10, tmp_path))
+
+
+def wait_for(condition, process, seconds: float = 120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+
+
+def begin(arguments: list[str], ranks: int = 1, *launcher: str):
+    program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *launcher] if ranks > 1 else []
+    return subprocess.Popen([sys.executable, *program, "train.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def steps_of(out: Path) -> int:
+    return (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
+
+
+@pytest.mark.parametrize("number, ranks, log_every", [(signal.SIGTERM, 1, 7), (signal.SIGINT, 1, 1), (signal.SIGTERM, 2, 3)])
+def test_a_signal_ends_the_step_and_saves(number, ranks, log_every, tmp_path):
+    """...where the run goes on to the same end. The exit code is 128 + the signal's number (torchrun has its own)."""
+    more = dict(max_steps=300, log_every=log_every)
+    run(options(tmp_path, "dpo", "whole", **more), ranks)
+    process = begin(options(tmp_path, "dpo", **more), ranks)
+    wait_for(lambda: steps_of(tmp_path / "run") >= 3, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number if ranks == 1 else process.returncode, err[-2000:]
+    assert f"{signal.Signals(number).name}: finishing this step" in err and "Traceback" not in err or ranks > 1, err[-2000:]
+    at = whole(tmp_path / "run")
+    assert 3 <= at < 300 and f"checkpoint-{at} is saved, go on with --resume" in out
+    run([*options(tmp_path, "dpo", **more), "--resume"], ranks)
+    same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    given = options(tmp_path, "ppo")
+    (tmp_path / "reward.py").write_text(f"import time, pathlib\n{REWARD}\n"
+                                        f"def reward(prompt, completion, row):\n"
+                                        f"    pathlib.Path({str(tmp_path / 'called')!r}).touch()\n    time.sleep(600)\n")
+    process = begin(given)
+    wait_for((tmp_path / "called").exists, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)  # a launcher repeats what the terminal has sent
+    time.sleep(1.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+
+
+def test_a_lost_rank(tmp_path):
+    """The others stop with a message; an elastic restart resumes, and ends where an undisturbed run does."""
+    more = dict(max_steps=40, save_every=2)
+    run(options(tmp_path, "dpo", "whole", **more), ranks=2)
+    for launcher in ((), ("--max-restarts=1",)):
+        process = begin([*options(tmp_path, "dpo", **more), "--resume"], 2, *launcher)
+        wait_for(lambda: steps_of(tmp_path / "run") >= 5, process)
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(ranks[-1]), signal.SIGKILL)
+        _, err = process.communicate(timeout=120)
+        if launcher:
+            assert process.returncode == 0, err[-3000:]
+            same(tmp_path / "whole", tmp_path / "run")
+        else:
+            assert process.returncode and f"Signal 9 (SIGKILL) received by PID {ranks[-1]}" in err, err[-3000:]  # the launcher's
+            lost = "another rank is gone" in err and "go on with --resume" in err  # ours, unless the launcher ends the rank first
+            assert lost or "exitcode  : -15" in err, err[-3000:]
+            assert whole(tmp_path / "run") >= 2 and not (tmp_path / "run" / "model").exists()
+            shutil.rmtree(tmp_path / "run")
+
+
+def mounted(folder: Path, size: str, *more: str) -> bool:
+    folder.mkdir(exist_ok=True)
+    return subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *more]), "tmpfs", folder], capture_output=True).returncode == 0
+
+
+def test_a_full_disk(tmp_path):
+    """The run says so and stops; checkpoints that were whole are whole; with room again it goes on to the same end."""
+    more = dict(max_steps=12, save_every=2, keep_checkpoints=100)
+    run(options(tmp_path, "sft", "whole", **more))
+    disk = tmp_path / "disk"
+    if not mounted(disk, "600k"):
+        pytest.skip("no right to mount a small tmpfs")
+    try:
+        given = options(tmp_path, "sft", "disk/run", **more)
+        for _ in range(2):  # a resumed run finds no room either
+            done = run([*given, "--resume"], check=False)
+            assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+            assert "error: the disk is full" in done.stderr and "go on with --resume" in done.stderr
+            assert 2 <= whole(disk / "run") < 12 and not list((disk / "run").glob("*.part"))
+        assert mounted(disk, "64m", "remount")
+        run([*given, "--resume"])
+        same(tmp_path / "whole", disk / "run")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers that are not finite
+
+
+def spoiled(tmp_path: Path, digit: str = "7") -> Path:
+    """A model that makes NaN of every row with that digit."""
+    decoder = model.scratch({**SMALL, "vocab_size": 16, "eos_token_id": 0}, 5)
+    vocab = json.loads((ROOT / "tasks/arithmetic/tokenizer.json").read_text())["model"]["vocab"]
+    with torch.no_grad():
+        decoder.model.embed_tokens.weight[vocab[digit]] = float("nan")
+    (tmp_path / "spoiled").mkdir()
+    model.save(decoder, tmp_path / "spoiled", torch.float32, ROOT / "tasks/arithmetic")
+    return tmp_path / "spoiled"
+
+
+def rows_with(tmp_path: Path, bad: list[int], count: int = 48) -> Path:
+    """Rows without a 7 but for the bad ones, counted from 1."""
+    rows = [line for line in open(ROOT / ROWS["sft"])]
+    clean, sevens = ([row for row in rows if ("7" in row) == seven] for seven in (False, True))
+    clean = clean * -(-count // len(clean))
+    (tmp_path / "rows.jsonl").write_text("".join(sevens[i] if i + 1 in bad else clean[i] for i in range(count)))
+    return tmp_path / "rows.jsonl"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_that_is_not_finite_changes_nothing(ranks, tmp_path):
+    given = dict(init_from=spoiled(tmp_path), train_data=rows_with(tmp_path, [5]), dtype="float32", batch_size=8, save_every=1,
+                 keep_checkpoints=9, max_steps=6, micro_batch_tokens=64)
+    run(options(tmp_path, "sft", **given), ranks)
+    skipped = [line["skipped_steps"] for line in lines(tmp_path / "run")]
+    assert skipped == sorted(skipped) and skipped[0] in (0, 1) and skipped[-1] == 1
+    at = skipped.index(1) + 1  # the step with row 5
+    assert 1 < at < 6
+    assert lines(tmp_path / "run")[at - 1]["loss"] is None
+    parts = lambda step: [load_file(tmp_path / "run" / f"checkpoint-{step}" / f"{n}.safetensors") for n in ("model", "optimizer")]
+    for before, after, moves in ((at - 1, at, False), (at, at + 1, True)):
+        if 1 <= before and after <= 6:
+            for a, b in zip(parts(before), parts(after)):
+                assert all(torch.equal(a[name].nan_to_num(), b[name].nan_to_num()) for name in a) != moves
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_too_many_of_them_stop_the_run_and_are_named(ranks, tmp_path):
+    rows = rows_with(tmp_path, [3, 4, 9, 12, 17, 22, 25, 31, 36, 44])
+    given = dict(init_from=spoiled(tmp_path), train_data=rows, dtype="float32", batch_size=48, max_steps=20, max_skipped_steps=3,
+                 micro_batch_tokens=64)
+    done = run(options(tmp_path, "sft", **given), ranks, check=False)
+    assert done.returncode == 1 and "error: 3 steps in a row, up to step 3" in done.stderr, done.stderr[-3000:]
+    said = done.stderr[done.stderr.index("error: 3 steps"):].split("checkpoint-3")[0]
+    named = {int(word.split(":")[-1].strip(",.")) for word in said.split() if word.startswith(str(rows))}
+    assert len(named) == 5 and named < {3, 4, 9, 12, 17, 22, 25, 31, 36, 44} and "and 5 more" in said
+    state = json.loads((tmp_path / "run" / "checkpoint-3" / "state.json").read_text())
+    assert state["skipped"] == [3, 0] and [line["skipped_steps"] for line in lines(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_every_objective_skips(tmp_path, monkeypatch):
+    """Whatever a loss reads: one that is not finite changes no weight, and the run ends as one without it would begin."""
+    monkeypatch.chdir(ROOT)
+    for name in ("dpo", "kto", "rm", "prm", "kd"):
+        spoil = losses.OBJECTIVES[name].loss
+
+        def bad(*given, **more):
+            values, *rest = spoil(*given, **more)
+            return values * float("nan"), *rest
+        monkeypatch.setitem(losses.OBJECTIVES, name, losses.OBJECTIVES[name]._replace(loss=bad))
+        arguments = options(tmp_path, name, name, max_steps=2, save_every=1)
+        train.main(arguments)
+        one, two = (load_file(tmp_path / name / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2))
+        assert all(torch.equal(one[key], two[key]) for key in one) and lines(tmp_path / name)[-1]["skipped_steps"] == 2
