@@ -8,9 +8,11 @@ import difflib
 import hashlib
 import inspect
 import json
+import math
 import re
 import runpy
 import textwrap
+import traceback
 import types
 import typing
 from collections.abc import Callable
@@ -64,12 +66,13 @@ class Config:
     weight_decay: float = 0.0  # AdamW, on matrices and embeddings only
     betas: tuple = (0.9, 0.999)  # AdamW
     grad_clip: float = 1.0  # norm of the whole gradient; 0: no clipping
+    max_skipped_steps: int = 10  # steps are skipped whose loss or gradient is not finite; so many in a row at a log line: stop
     seed: int = 0  # order of rows, new weights
     reference: str = ""  # model folder of the frozen reference; default: init_from's
     teacher: str = ""  # distillation: model folder, hub name or config file whose model is imitated
     teacher_top_k: int = 0  # keep its k highest logits of each token on disk, computed once; 0: run it in every step
     reference_live: bool = False  # run the reference in every step instead of once per row, cached on disk
-    cache_dir: str = "~/.cache/nanoalign"  # reference log-probs, under a key of weights, data and precision
+    cache_dir: str = "~/.cache/nanoalign"  # reference log-probs, and tokenized rows while a run lasts
 
     # Rollouts, for losses on prompts
     reward: Callable | str | dict = None  # (prompt, completion, row) -> number; model folder or config; {either: weight}
@@ -122,7 +125,7 @@ CHOICES = {"bad_rewards": ("error", "skip"),
            "bad_rows": ("error", "skip"), "schedule": ("constant", "linear", "cosine"), "device": ("auto", "cpu", "cuda"),
            "dtype": ("auto", "float32", "bfloat16", "float16", "float64"), "compile": (True, False, "auto"),
            "save_dtype": ("", "float32", "bfloat16", "float16", "float64")}
-AT_LEAST = {"batch_size": 1, "max_length": 2, "log_every": 1, "keep_checkpoints": 1, "max_new_tokens": 1,
+AT_LEAST = {"batch_size": 1, "max_length": 2, "log_every": 1, "keep_checkpoints": 1, "max_skipped_steps": 1, "max_new_tokens": 1,
             "rollout_batch": 1, "samples_per_prompt": 1, "rollout_epochs": 1, "kl_horizon": 1} | dict.fromkeys(
     ("max_prompt_length", "micro_batch_tokens", "epochs", "max_steps", "lr", "min_lr", "warmup_steps", "weight_decay",
      "grad_clip", "eval_every", "save_every", "nll_coef", "ld_alpha", "seed", "teacher_top_k", "reward_workers", "reward_timeout",
@@ -143,13 +146,15 @@ def checked(key: str, value, kind, where: str):
         value = tuple(value)
     if not any(callable(value) if k is Callable else type(value) is k for k in kinds):
         names = " or ".join("function" if k is Callable else k.__name__ for k in kinds)
-        raise ValueError(f"{where}: {key} = {value!r} is a {type(value).__name__}; expected {names}")
+        raise ValueError(f"{where}: {key} = {value!r:.60} is a {type(value).__name__}; expected {names}")
     if key in CHOICES and value not in CHOICES[key]:
-        raise ValueError(f"{where}: {key} = {value!r}; expected one of {', '.join(map(repr, CHOICES[key]))}")
+        raise ValueError(f"{where}: {key} = {value!r:.60}; expected one of {', '.join(map(repr, CHOICES[key]))}")
     if key in AT_LEAST and not value >= AT_LEAST[key]:
         raise ValueError(f"{where}: {key} = {value!r}; expected at least {AT_LEAST[key]}")
     if key in AT_MOST and not value <= AT_MOST[key]:
         raise ValueError(f"{where}: {key} = {value!r}; expected at most {AT_MOST[key]}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: {key} = {value}; expected a finite number")
     return value
 
 
@@ -159,7 +164,12 @@ def read_file(path: str) -> dict:
     if not Path(path).is_file():
         near = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), 1)
         raise ValueError(f"{path}: no such config file" + (f"; did you mean {near[0]}?" if near else ""))
-    values = runpy.run_path(path)
+    try:
+        values = runpy.run_path(path)
+    except Exception as error:  # of the user's own code, or of what it imports
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        at = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else f"{path}: {frame.filename}:{frame.lineno}"
+        raise ValueError(f"{at}: {type(error).__name__}: {error}"[:400]) from error
     return {key: value for key, value in values.items() if not key.startswith("_") and not isinstance(value, types.ModuleType)
             and (key in TYPES or not isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)))}
 
@@ -205,8 +215,8 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
         raise ValueError(f"{source['objective']}: objective = {{}}; expected a loss, or {{loss: weight}}")
     for key, weight in weights.items():
         if key not in OBJECTIVES:
-            raise ValueError(f"{source.get('objective', 'config')}: unknown objective {key!r}.{suggestion(key, OBJECTIVES)} "
-                             f"Known: {', '.join(OBJECTIVES)}")
+            raise ValueError(f"{source.get('objective', 'config')}: unknown objective {str(key)!r:.40}."
+                             f"{suggestion(str(key), OBJECTIVES)} Known: {', '.join(OBJECTIVES)}")
         weights[key] = checked(f"objective[{key!r}]", weight, float, source.get("objective", "config"))
     if values["nll_coef"]:
         if "sft" in weights:
@@ -237,7 +247,7 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
             owners = [o.name for o in OBJECTIVES.values() if key in o.hyperparameters]
             if owners:
                 raise ValueError(f"{where}: {'+'.join(weights)} has no hyperparameter {key!r} (it belongs to {', '.join(owners)})")
-            raise ValueError(f"{where}: unknown key {key!r}.{suggestion(key, [*TYPES, *hyperparameters])} "
+            raise ValueError(f"{where}: unknown key {key!r:.40}.{suggestion(key, [*TYPES, *hyperparameters])} "
                              f"`python train.py --help` lists every key")
     bound = {name: {k: values.get(f"{name}_{k}", values.get(k, default))
                     for k, default in OBJECTIVES[name].hyperparameters.items()} for name in weights}
@@ -256,7 +266,7 @@ def load(arguments: list[str]) -> types.SimpleNamespace:
 
 def load_stage(path: str, parent: types.SimpleNamespace) -> types.SimpleNamespace:
     """Another config file as a stage of a run: it inherits the run's seed and machine."""
-    inherited = {key: getattr(parent, key) for key in ("seed", "device", "dtype", "compile")}
+    inherited = {key: getattr(parent, key) for key in ("seed", "device", "dtype", "compile", "cache_dir")}
     return resolve([(path, read_file(path)), ("inherited", inherited)])
 
 
@@ -341,7 +351,7 @@ def digest(cfg: types.SimpleNamespace) -> str:
     """Hash of what decides a run's result, the stages before it included: not of where it is written, nor of how it is
     evaluated, logged and saved."""
     apart = {"out_dir", "resume", "log_every", "save_every", "keep_checkpoints", "cache_dir", "activation_checkpointing",
-             "eval_data", "eval_prompts", "eval_every", "check", "max_new_tokens"}
+             "max_skipped_steps", "eval_data", "eval_prompts", "eval_every", "check", "max_new_tokens"}
     apart |= {"objective", "nll_coef"}  # in weights and bound, and so is
     apart |= {key for name, given in cfg.bound.items() for k in given for key in (k, f"{name}_{k}")}
     apart -= {"max_new_tokens"} if rolls(cfg) else set()

@@ -197,7 +197,7 @@ def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
     else:
         raise ValueError("'chosen' and 'rejected' should both be text or both be messages")
     margin = row.get("margin") or 0.0
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) < 1e38:  # nor NaN
         raise ValueError(f"'margin' should be a number, found {str(margin)[:60]!r}")
     return Draft(prompt, [as_response(prompt, chosen), as_response(prompt, rejected)], [True, False], [0], [1], [float(margin)])
 
@@ -236,7 +236,7 @@ def as_steps(texts: list, labels: list | None) -> list[Step]:
         raise ValueError(f"steps should be a list of texts, found {str(texts)[:60]!r}")
     if not isinstance(labels, list) or len(labels) != len(texts):
         found = len(labels) if isinstance(labels, list) else labels
-        raise ValueError(f"{len(texts)} steps and {found!r} labels; expected one a step")
+        raise ValueError(f"{len(texts)} steps and {found!r:.60} labels; expected one a step")
     return [Step(text, step_label(label)) for text, label in zip(texts, labels)]
 
 
@@ -286,6 +286,8 @@ def prm_row(row: dict, train_on: str, chat: bool) -> Draft:
         prompt, responses = text_field(row, "prompt"), [as_steps(row["completions"], row.get("labels"))]
     elif "steps" in row and "mistake_index" in row:
         texts, wrong = row["steps"], row["mistake_index"]
+        if wrong is not None and (type(wrong) is not int or not 0 <= wrong < len(texts)):
+            raise ValueError(f"'mistake_index' should be null or count one of the {len(texts)} steps from 0, found {wrong!r:.40}")
         labels = [1.0] * len(texts) if wrong is None else [1.0] * wrong + [0.0] + [None] * (len(texts) - wrong - 1)
         prompt, responses = text_field(row, "input") + "\n", [as_steps(texts, labels)]
     elif "input" in row and ("label" in row or "value" in row):
@@ -485,6 +487,13 @@ def render(draft: Draft, tokenizer: Tokenizer, train_on: str) -> tuple[str, list
     return prompt, responses
 
 
+def check_characters(text: str):
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{text[max(0, error.start - 20):error.end]!r} ends in half of a character, a lone surrogate") from None
+
+
 def with_step_tokens(steps: list[Step], tokenizer: Tokenizer, step_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Each step's ids with the step token behind them: ids, where step tokens are, their labels (nan elsewhere)."""
     ids, ends, labels = [], [], []
@@ -591,7 +600,9 @@ class Stored(Sequence):
     def __len__(self):
         return len(self.ends) - 1
 
-    def __getitem__(self, i: int) -> Example:
+    def __getitem__(self, i: int | slice) -> Example | list[Example]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(len(self))[i]]
         i = range(len(self))[i]
         begin, end = self.ends[i], self.ends[i + 1]
         self.file.flush()
@@ -653,7 +664,9 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
             if not isinstance(row, dict):
                 raise ValueError(f"expected an object, found {type(row).__name__}")
             draft = FORMATS[kind](row, train_on, chat)
-            drafts.append((where, draft, *render(draft, tokenizer, train_on)))
+            prompt, responses = render(draft, tokenizer, train_on)
+            check_characters("".join([prompt, *(text for text, _ in responses)]))
+            drafts.append((where, draft, prompt, responses))
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
             if cfg.bad_rows == "skip":
                 counts["bad"] += 1
@@ -707,9 +720,10 @@ def mismatched(dataset: Dataset, seed: int, epoch: int) -> Dataset:
             j = i
             while prompts[j] == prompts[i]:
                 j = int(rng.integers(len(prompts)))
-            k = int(rng.integers(len(dataset.examples[j].responses)))
+            other = dataset.examples[j]
+            k = int(rng.integers(len(other.responses)))
             room = max(1, min(longest - len(e.prompt), (largest - len(e.prompt)) // len(e.responses)))
-            responses.append((dataset.examples[j].responses[k][:room], dataset.examples[j].scored[k][:room]))
+            responses.append((other.responses[k][:room], other.scored[k][:room]))
         ids, scored = map(list, zip(*responses))
         made.append(e._replace(responses=ids, scored=scored))
     return as_dataset(made, dataset.counts)
@@ -747,21 +761,23 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def count(examples: list[Example]) -> dict[str, int]:
+def count(examples: Sequence[Example]) -> dict[str, int]:
     """What the terms of a loss are divided by, over a whole step."""
-    scored = [int(mask.sum()) for e in examples for mask in e.scored]
-    shown = [d for e in examples for d in e.demonstrated]
-    return {"stream_tokens": sum(e.length for e in examples), "tokens": sum(scored), "responses": len(scored),
-            "demonstrated_tokens": sum(n for n, d in zip(scored, shown) if d), "demonstrations": sum(shown),
-            "pairs": sum(len(e.chosen) for e in examples), "examples": len(examples),
-            "steps": sum(int((~np.isnan(labels)).sum()) for e in examples for labels in e.labels)}
+    total = Counter()
+    for e in examples:
+        scored = [int(mask.sum()) for mask in e.scored]
+        total.update(stream_tokens=e.length, tokens=sum(scored), responses=len(scored),
+                     demonstrated_tokens=sum(n for n, shown in zip(scored, e.demonstrated) if shown),
+                     demonstrations=sum(e.demonstrated), pairs=len(e.chosen), examples=1,
+                     steps=sum(int((~np.isnan(labels)).sum()) for labels in e.labels))
+    return dict(total)
 
 
 class Layout(NamedTuple):
     """How a stream is laid out: fixed for a run."""
     tokens: int  # T
     varlen: bool  # index tensors of the CUDA kernel rather than of grouped SDPA
-    static: bool  # pad T to a multiple of 128, so that a step's full streams have one compiled shape and share it
+    static: bool  # pad T to a multiple of 128, for kernels that are compiled
     device: str
 
 
@@ -817,7 +833,7 @@ def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) 
         tokens.append(np.zeros(n, np.int32))
         positions.append(np.arange(n))
         spans.append((start, n, start, 0))
-    flat = {name: np.concatenate([*parts, []]).astype(np.int64) for name, parts in columns.items()}
+    flat = {name: np.concatenate([np.zeros(0, np.int64), *parts]) for name, parts in columns.items()}
     labels = [labels[scored] for _, e in members for labels, scored in zip(e.labels, e.scored)]
     labels = np.concatenate([*labels, np.full(sum(lengths) - sum(map(len, labels)), np.nan, np.float32)]).astype(np.float32)
     whole = dict(lengths=lengths, last=last, example=of, rank=rank, rows=[members[nth][0] for nth in of], chosen=chosen,

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shutil
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +50,16 @@ class Shape:
     gpt2: bool = False  # LayerNorm, plain GELU MLP, learned positions
 
     def __post_init__(self):
+        for name, kind in typing.get_type_hints(Shape).items():
+            value = getattr(self, name)
+            value = float(value) if kind is float and type(value) is int else value
+            if kind in (int, float, bool) and (type(value) is not kind or kind is not bool and not 0 < value < 1e12):
+                wanted = "true or false" if kind is bool else "a number above 0"
+                raise ValueError(f"{name} should be {wanted}, found {value!r:.40}")
+        if not all(type(window) is int and window >= 0 for window in self.windows) or len(self.windows) != self.num_layers:
+            raise ValueError(f"sliding_window and layer_types should say a length, or none, of {self.num_layers} layers")
+        if self.rope:
+            rope_frequencies(self.rope, self.head_dim)  # an unknown scaling is an error now, not in step 1
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_attention_heads {self.num_heads} is not a multiple of "
                              f"num_key_value_heads {self.num_kv_heads}")
@@ -104,14 +115,16 @@ NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwe
 
 def read_shape(config: dict, where: str) -> Shape:
     family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{where}: model_type {family!r} is not known; known: {', '.join(FAMILIES)}")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ValueError(f"{where}: model_type {family!r:.40} is not known; known: {', '.join(FAMILIES)}")
     try:
         return FAMILIES[family](config)
     except KeyError as missing:
         raise ValueError(f"{where}: a {family} model needs the key {missing}") from None
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{where}: {str(error):.400}") from None
+    except (TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"{where}: a value of the wrong kind ({type(error).__name__}: {error})"[:400]) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,8 +386,6 @@ class Decoder(nn.Module):
             self.score = nn.Linear(self.shape.hidden_size, heads["score"], bias=heads["score"] > 1)
         if "values" in heads:
             self.values = nn.Linear(self.shape.hidden_size, 1)
-        if self.shape.rope:
-            rope_frequencies(self.shape.rope, self.shape.head_dim)  # an unknown scaling is an error now, not in step 1
 
     def forward(self, batch: dict, outputs: list[str]) -> dict[str, Tensor]:
         """One packed micro-batch -> the named streams, (N,) each."""
@@ -390,11 +401,12 @@ class Decoder(nn.Module):
         return self.model(batch["tokens"], batch["positions"], attend)
 
     def compile_blocks(self):
-        """Compile in place: parameter names stay clean and every layer shares one graph per half."""
+        """Compile in place: parameter names stay clean, and all layers and lengths of streams share one graph per half. (Which
+        one a stream gets may not depend on those before it: a resumed run has others.)"""
         self.compiled = True
         for block in self.model.layers:
-            block.before = torch.compile(block.before, fullgraph=True)
-            block.after = torch.compile(block.after, fullgraph=True)
+            block.before = torch.compile(block.before, fullgraph=True, dynamic=True)
+            block.after = torch.compile(block.after, fullgraph=True, dynamic=True)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(L,) -> (L, V): one sequence, every position. For tests and for reading; training never builds this."""
@@ -487,9 +499,11 @@ def find_folder(name: str) -> Path:
 def read_weights(folder: Path, names_only: bool = False) -> dict[str, Tensor | None]:
     """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json names; or None for each."""
     index = folder / "model.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    shards = read_json(index).get("weight_map") if index.is_file() else {"": "model.safetensors"}
+    if not isinstance(shards, dict) or not shards or not all(isinstance(f, str) and Path(f).name == f for f in shards.values()):
+        raise ValueError(f"{index}: expected weight_map, tensor names with the files beside it that hold them")
     state = {}
-    for file in files:
+    for file in sorted(set(shards.values())):
         if not (folder / file).is_file():
             raise ValueError(f"{folder}: {file} is missing (weights are read from safetensors only, never from pickles)")
         try:
@@ -525,7 +539,8 @@ def load(folder: Path, heads: dict[str, int] = LANGUAGE, seed: int = 0) -> tuple
             decoder.score.bias = nn.Parameter(torch.zeros(heads["score"]), requires_grad=False)
     state = {name: t for name, t in state.items() if name.split(".")[0] not in {"lm_head", *NEW} - heads.keys()}
     new = {name for name in NEW & heads.keys() if f"{name}.weight" not in state}
-    saved = max((t.dtype for t in state.values()), key=[t.dtype for t in state.values()].count)
+    dtypes = [t.dtype for t in state.values()]
+    saved = max(dtypes, key=dtypes.count, default=torch.float32)
     state = {name: t for name, t in state.items() if not name.endswith("rotary_emb.inv_freq")}
     if decoder.shape.tied and "lm_head" in heads:
         state.setdefault("model.embed_tokens.weight", state.get("lm_head.weight"))
@@ -539,6 +554,8 @@ def load(folder: Path, heads: dict[str, int] = LANGUAGE, seed: int = 0) -> tuple
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{folder}: {name} is {list(tensor.shape)}, config.json says {list(expected[name].shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{folder}: {name} is {tensor.dtype}, and weights are floating point")
     wide = torch.float64 if saved == torch.float64 else torch.float32
     decoder.load_state_dict({name: t.to(wide).contiguous() for name, t in state.items()}, assign=True)
     if decoder.shape.tied and "lm_head" in heads:

@@ -716,6 +716,7 @@ def test_stored_examples_are_those_that_were_appended(tmp_path):
         np.testing.assert_equal(stored[i], e)  # reading and writing take turns
     np.testing.assert_equal(list(stored), made)
     np.testing.assert_equal(stored[-20], made[0])
+    np.testing.assert_equal(stored[1::3], made[1::3])
     assert len(stored) == 20 and not list((tmp_path / "new").iterdir())  # a name would outlive a crash
     with pytest.raises(IndexError):
         stored[20]

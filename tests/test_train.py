@@ -1,9 +1,11 @@
 """The loop: results do not depend on micro-batches, ranks or interruptions. Real runs on the arithmetic rows."""
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -55,10 +57,10 @@ def options(tmp_path, name="dpo", out="run", **changes):
     return [f"--{key}={value}" for key, value in {**given, **changes}.items()]
 
 
-def run(arguments, ranks=1, check=True, **environment):
+def run(arguments, ranks=1, check=True, timeout=600, **environment):
     program = [sys.executable] if ranks == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run([*program, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600,
+    done = subprocess.run([*program, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
@@ -148,7 +150,7 @@ def test_first_gradient_in_fp32(tmp_path, monkeypatch):
 def test_resume_is_bitwise(name, compiled, ranks, dtype, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("RANK", raising=False)
-    more = dict(dtype=dtype, save_dtype=dtype, compile=compiled, save_every=2, micro_batch_tokens=128)
+    more = dict(dtype=dtype, save_dtype=dtype, compile=compiled, save_every=2, micro_batch_tokens=384 if compiled else 128)
     go = (lambda arguments, ranks: train.train(config.load(arguments))) if ranks == 1 else run
     go(options(tmp_path, name, "whole", **more), ranks)
     go(options(tmp_path, name, "parts", **{**more, "max_steps": 2}), ranks)
@@ -328,3 +330,56 @@ def test_learning_rate():
     assert [train.learning_rate(cfg, cfg.lr, s, 8) for s in range(8)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.8, 0.6, 0.4])
     cfg = config.load(["--lr=1.0", "--schedule=cosine"])
     assert [train.learning_rate(cfg, cfg.lr, s, 4) for s in range(4)] == pytest.approx([1, 0.8535533, 0.5, 0.1464466])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# More ranks than rows, and long runs
+
+
+@pytest.mark.parametrize("name, rows, more", [
+    ("dpo", 3, {}), ("sft", 1, {}), ("kto", 3, {}), ("rm", 5, {"batch_size": 4, "epochs": 2, "max_steps": 0}), ("bco_pair", 2, {}),
+    ("dpo", 9, {"batch_size": 8, "epochs": 1, "max_steps": 0, "micro_batch_tokens": 32})])
+def test_fewer_rows_than_ranks(name, rows, more, tmp_path):
+    """Of the train rows, of the last step, of the eval rows: four ranks end where one does, and none waits for ever (a run that is not
+    done after two minutes fails the test)."""
+    for split, source, count in (("train", ROWS[losses.OBJECTIVES[name].data], rows), ("eval", ROWS[losses.OBJECTIVES[name].data], 2)):
+        (tmp_path / f"{split}.jsonl").write_text("".join(open(ROOT / source).readlines()[:count]))
+    given = dict(train_data=tmp_path / "train.jsonl", eval_data=tmp_path / "eval.jsonl", max_steps=3, **more)
+    for ranks in (1, 4):
+        run(options(tmp_path, name, str(ranks), **given), ranks, timeout=120)
+    assert_close(weights(tmp_path / "1" / "model"), weights(tmp_path / "4" / "model"), 1e-9)
+    for one, four in zip(lines(tmp_path / "1", "eval"), lines(tmp_path / "4", "eval"), strict=True):
+        assert one["loss"] == pytest.approx(four["loss"], abs=1e-12)
+
+
+def test_the_order_of_files_does_not_depend_on_the_rank(tmp_path):
+    """Globs are sorted: however a file system lists its files, ranks agree on which row is which."""
+    rows = open(ROOT / ROWS["preference"]).readlines()
+    for i in (2, 0, 1):
+        (tmp_path / f"part{i}.jsonl").write_text("".join(rows[10 * i:10 * i + 10]))
+    (tmp_path / "all.jsonl").write_text("".join(rows[:30]))
+    run(options(tmp_path, "dpo", "glob", train_data=f"{tmp_path}/part*.jsonl"), ranks=2)
+    run(options(tmp_path, "dpo", "all", train_data=tmp_path / "all.jsonl"))
+    assert_close(weights(tmp_path / "glob" / "model"), weights(tmp_path / "all" / "model"), 1e-9)
+
+
+@pytest.mark.crash
+def test_two_thousand_steps_are_as_good_as_two_hundred(tmp_path):
+    """Memory, open files and the time of a step stay; metrics can be read while they are written."""
+    process = subprocess.Popen([sys.executable, "train.py", *options(tmp_path, "dpo", max_steps=2000, save_every=500, dtype="float32")], cwd=ROOT,
+                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    status = lambda: next(int(line.split()[1]) / 1024 for line in open(f"/proc/{process.pid}/status") if line.startswith("VmRSS"))
+    seen, metrics = {}, tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None:
+        if metrics.exists() and (whole := metrics.read_text().rpartition("\n")[0]):
+            done = [json.loads(line) for line in whole.split("\n")]  # every line is whole
+            with contextlib.suppress(OSError, StopIteration):
+                seen[done[-1]["step"]] = status(), len(os.listdir(f"/proc/{process.pid}/fd"))
+        time.sleep(0.2)
+    assert process.returncode == 0 and len(lines(tmp_path / "run")) == 2000
+    median = lambda values: sorted(values)[len(values) // 2]
+    early, late = ([v for step, v in seen.items() if a < step <= b] for a, b in ((20, 220), (1800, 2000)))
+    seconds = [median([line["seconds"] for line in lines(tmp_path / "run")][a:b]) for a, b in ((20, 220), (1800, 2000))]
+    memory, files = ([median([v[i] for v in part]) for part in (early, late)] for i in (0, 1))
+    print(f"steps 21 to 220 against 1,801 to 2,000: {memory} MB, {files} open files, {seconds} s a step")
+    assert memory[1] < memory[0] + 10 and files[1] <= files[0] and seconds[1] < 1.2 * seconds[0]
