@@ -1,6 +1,7 @@
 """A run outlives what happens to runs: kill -9 at any moment, signals, lost ranks, a full disk, numbers that are not finite.
 
-`python -m pytest tests -m crash` kills sft and ppo 50 times and every other objective 10 times; the tests that always run do so less often.
+`python -m pytest tests -m crash` kills sft and ppo 50 times and every other objective 10 times, and more that takes long; the tests that
+always run do so less often.
 """
 import json
 import multiprocessing
@@ -126,7 +127,8 @@ def steps_of(out: Path) -> int:
     return (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
 
 
-@pytest.mark.parametrize("number, ranks, log_every", [(signal.SIGTERM, 1, 7), (signal.SIGINT, 1, 1), (signal.SIGTERM, 2, 3)])
+@pytest.mark.parametrize("number, ranks, log_every", [
+    (signal.SIGTERM, 1, 7), (signal.SIGINT, 1, 1), pytest.param(signal.SIGTERM, 2, 3, marks=pytest.mark.crash)])
 def test_a_signal_ends_the_step_and_saves(number, ranks, log_every, tmp_path):
     """...where the run goes on to the same end. The exit code is 128 + the signal's number (torchrun has its own)."""
     more = dict(max_steps=200, log_every=log_every)
@@ -159,6 +161,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
     assert process.wait(timeout=10) == -signal.SIGINT
 
 
+@pytest.mark.crash
 def test_a_lost_rank(tmp_path):
     """The others stop with a message and nothing is half-written; the same command, again, ends where an undisturbed run does."""
     more = dict(max_steps=40, save_every=2)
@@ -239,7 +242,7 @@ def test_a_step_that_is_not_finite_changes_nothing(ranks, tmp_path):
         assert same_bits(before, skipped) and not same_bits(skipped, after)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.crash)])
 def test_too_many_of_them_stop_the_run_and_are_named(ranks, tmp_path):
     rows = rows_with(tmp_path, [3, 4, 9, 12, 17, 22, 25, 31, 36, 44])
     given = dict(init_from=spoiled(tmp_path), train_data=rows, dtype="float32", batch_size=48, max_steps=20, max_skipped_steps=3,

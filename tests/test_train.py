@@ -340,9 +340,9 @@ ONE_EPOCH = {"epochs": 1, "max_steps": 0}
 
 
 @pytest.mark.parametrize("name, rows, more", [
-    ("dpo", 2, {}), ("bco_pair", 2, {}), ("dpo", 9, {**ONE_EPOCH, "batch_size": 8, "micro_batch_tokens": 32}),
+    ("dpo", 2, {}), ("dpo", 9, {**ONE_EPOCH, "batch_size": 8, "micro_batch_tokens": 32}),
     *(pytest.param(*given, marks=pytest.mark.crash) for given in [
-        ("sft", 1, {}), ("kto", 3, {}), ("rm", 5, {**ONE_EPOCH, "batch_size": 4}), ("prm", 2, {})])])
+        ("sft", 1, {}), ("bco_pair", 2, {}), ("kto", 3, {}), ("rm", 5, {**ONE_EPOCH, "batch_size": 4}), ("prm", 2, {})])])
 def test_fewer_rows_than_ranks(name, rows, more, tmp_path):
     """Of the train rows, of the last step, of the eval rows: three ranks end where one does, and none waits for ever (a run that is not
     done after two minutes fails the test)."""
