@@ -450,16 +450,19 @@ class Work(NamedTuple):
     dtype: str  # of compute; weights are fp32 on both sides
     theirs: dict  # changes to TRL's config
     rows: Callable  # (prompt, chosen, rejected) -> rows of TRL's
+    ours: Callable  # the same -> rows here
 
 
 as_pair = lambda p, c, r: [{"prompt": p, "chosen": c, "rejected": r}]
 as_answer = lambda p, c, r: [{"prompt": p, "completion": c}]
 as_labelled = lambda p, c, r: [{"prompt": p, "completion": c, "label": True}, {"prompt": p, "completion": r, "label": False}]
-WORK = {"dpo": Work("dpo", "DPO", "float32", {}, as_pair),
-        "dpo+precomputed": Work("dpo", "DPO", "float32", {"precompute_ref_log_probs": True}, as_pair),
-        "dpo+bf16": Work("dpo", "DPO", "bfloat16", {}, as_pair), "reward": Work("rm", "Reward", "float32", {}, as_pair),
-        "kto": Work("kto", "KTO", "float32", {}, as_labelled), "sft": Work("sft", "SFT", "float32", {}, as_answer),
-        "sft+packing": Work("sft", "SFT", "float32", {"packing": True}, as_answer)}
+WORK = {"dpo": Work("dpo", "DPO", "float32", {}, as_pair, as_pair),
+        "dpo+precomputed": Work("dpo", "DPO", "float32", {"precompute_ref_log_probs": True}, as_pair, as_pair),
+        "dpo+bf16": Work("dpo", "DPO", "bfloat16", {}, as_pair, as_pair),
+        "reward": Work("rm", "Reward", "float32", {}, as_pair, as_pair),
+        "kto": Work("kto", "KTO", "float32", {}, as_labelled, as_pair),  # here it takes pairs, too
+        "sft": Work("sft", "SFT", "float32", {}, as_answer, as_answer),
+        "sft+packing": Work("sft", "SFT", "float32", {"packing": True}, as_answer, as_answer)}
 
 
 class Cost(NamedTuple):
@@ -509,14 +512,17 @@ def in_ours(name: str, folder: str, pairs: list, batch: int, device: str, option
     work = WORK[name]
     spent, out = {"reference": 0.0}, Path(tempfile.mkdtemp())
     reference.sweep = timed(reference.sweep, spent, device)
-    rows = [as_answer(*pair)[0] if work.objective == "sft" else as_pair(*pair)[0] for pair in pairs]  # kto takes pairs, too
+    rows = [row for pair in pairs for row in work.ours(*pair)]
     (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train.train(config.load([
         f"--objective={work.objective}", f"--init_from={folder}", f"--train_data={out / 'rows.jsonl'}", f"--batch_size={batch}",
         "--epochs=1", "--lr=1e-6", "--schedule=constant", "--max_length=512", f"--device={device}", f"--dtype={work.dtype}",
         f"--out_dir={out / 'run'}", f"--cache_dir={out / 'cache'}", *options.split()]))
-    lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
-    return Cost(sum(line["seconds"] for line in lines), spent["reference"], highest(device))
+    return Cost(sum(line["seconds"] for line in metrics_of(out / "run")), spent["reference"], highest(device))
+
+
+def metrics_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def timed(function: Callable, spent: dict, device: str) -> Callable:
@@ -636,7 +642,7 @@ def bench_ranks(o):
                        "--micro_batch_tokens=1024", "--reference_free=True", *o.options.split()]
                 subprocess.run([sys.executable, *how, "train.py", *run], check=True, capture_output=True,
                                env={**os.environ, "OMP_NUM_THREADS": str(cores // ranks)})
-                lines = map(json.loads, (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines())
+                lines = metrics_of(Path(folder) / "run")
                 seconds.append(statistics.median(line["seconds"] for line in lines if line["step"] > 1))
     one, two = map(statistics.median, found.values())
     print(f"DPO steps of 8 pairs, {where(o.device)}, medians of {o.rounds} runs of 3 steps: one rank {one:.2f} s, two ranks with "
@@ -680,8 +686,7 @@ def in_precision(how: str, seed: int, steps: int) -> list[tuple]:
     dtype = "float32" if how == "fp32" else "bfloat16"
     train.train(config.load(["--config", "configs/sft.py", f"--seed={seed}", f"--out_dir={out / 'run'}", f"--dtype={dtype}",
                              "--device=cpu", f"--max_steps={steps}", f"--eval_every={max(1, steps // 4)}", f"--cache_dir={out}"]))
-    lines = map(json.loads, (out / "run" / "metrics.jsonl").read_text().splitlines())
-    return [(line["step"], line["loss"], line["exact_match"]) for line in lines if line["split"] == "eval"]
+    return [(line["step"], line["loss"], line["exact_match"]) for line in metrics_of(out / "run") if line["split"] == "eval"]
 
 
 def bench_precision(o):

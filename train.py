@@ -659,7 +659,7 @@ def write_text(path: Path, text: str):
         part.write_text(text)
         fsync(part)
     except OSError:
-        part.unlink()
+        part.unlink(missing_ok=True)
         raise
     os.replace(part, path)
 
