@@ -117,6 +117,8 @@ class Config:
     keep_checkpoints: int = 2  # newest ones kept
     resume: bool = False  # go on from out_dir's newest checkpoint
     save_dtype: str = ""  # dtype of model/; default: the loaded folder's
+    samples: int = 3  # prompts whose answers, as they were and as they are, are shown at the end
+    track: str = ""  # wandb, tensorboard: where every line of metrics.jsonl goes too, if it is installed
 
 
 CHOICES = {"bad_rewards": ("error", "skip"),
@@ -124,13 +126,13 @@ CHOICES = {"bad_rewards": ("error", "skip"),
            "truncation": ("cut", "drop", "error"), "tokenize": ("joint", "apart"), "train_on": ("", "all", "last"),
            "bad_rows": ("error", "skip"), "schedule": ("constant", "linear", "cosine"), "device": ("auto", "cpu", "cuda"),
            "dtype": ("auto", "float32", "bfloat16", "float16", "float64"), "compile": (True, False, "auto"),
-           "save_dtype": ("", "float32", "bfloat16", "float16", "float64")}
+           "track": ("", "wandb", "tensorboard"), "save_dtype": ("", "float32", "bfloat16", "float16", "float64")}
 AT_LEAST = {"batch_size": 1, "max_length": 2, "log_every": 1, "keep_checkpoints": 1, "max_skipped_steps": 1, "max_new_tokens": 1,
             "rollout_batch": 1, "samples_per_prompt": 1, "rollout_epochs": 1, "kl_horizon": 1} | dict.fromkeys(
     ("max_prompt_length", "micro_batch_tokens", "epochs", "max_steps", "lr", "min_lr", "warmup_steps", "weight_decay",
      "grad_clip", "eval_every", "save_every", "nll_coef", "ld_alpha", "seed", "teacher_top_k", "reward_workers", "reward_timeout",
      "rollout_prompts", "temperature", "top_k", "top_p", "min_p", "gamma", "lam", "reward_clip", "missing_eos_penalty",
-     "overlong_buffer", "overlong_penalty", "filter_rounds", "kl_coef", "kl_target", "critic_lr", "critic_warmup"), 0)
+     "overlong_buffer", "overlong_penalty", "filter_rounds", "kl_coef", "kl_target", "critic_lr", "critic_warmup", "samples"), 0)
 AT_MOST = dict.fromkeys(("top_p", "min_p", "gamma", "lam"), 1)
 TYPES = typing.get_type_hints(Config)
 
@@ -351,7 +353,7 @@ def digest(cfg: types.SimpleNamespace) -> str:
     """Hash of what decides a run's result, the stages before it included: not of where it is written, nor of how it is
     evaluated, logged and saved."""
     apart = {"out_dir", "resume", "log_every", "save_every", "keep_checkpoints", "cache_dir", "activation_checkpointing",
-             "max_skipped_steps", "eval_data", "eval_prompts", "eval_every", "check", "max_new_tokens"}
+             "max_skipped_steps", "samples", "track", "eval_data", "eval_prompts", "eval_every", "check", "max_new_tokens"}
     apart |= {"objective", "nll_coef"}  # in weights and bound, and so is
     apart |= {key for name, given in cfg.bound.items() for k in given for key in (k, f"{name}_{k}")}
     apart -= {"max_new_tokens"} if rolls(cfg) else set()

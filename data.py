@@ -7,6 +7,7 @@ by comparing ids with pad or eos.
 Shapes: T stream tokens, N scored tokens, R responses, P pairs, S segments.
 """
 import array
+import contextlib
 import difflib
 import glob
 import gzip
@@ -26,35 +27,49 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from tokenizers import Tokenizer as FastTokenizer
-from tqdm import tqdm
 
+import report
 from model import read_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
 
 
-def read_rows(paths: str | list[str]) -> Iterator[tuple[str, object]]:
-    """(where, row) of every row of JSONL files, JSON arrays, .gz of either; where is file:line, or file[index]."""
+def files_of(paths: str | list[str]) -> list[str]:
+    """The files that names and globs stand for."""
+    files = []
     for name in [paths] if isinstance(paths, str) else paths:
-        files = sorted(glob.glob(name)) if glob.has_magic(name) and not Path(name).is_file() else [name]
-        if not files:
+        found = sorted(glob.glob(name)) if glob.has_magic(name) and not Path(name).is_file() else [name]
+        if not found:
             raise ValueError(f"no file matches {name!r}")
+        for file in [file for file in found if not Path(file).is_file()]:
+            near = difflib.get_close_matches(file, [str(p) for p in Path(file).parent.glob("*")], 1)
+            raise ValueError(f"{file} is a folder; name files, or a glob as '{file}/*.jsonl'" if Path(file).is_dir() else
+                             f"{file}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
+        files += found
+    return files
+
+
+def read_rows(paths: str | list[str], show: bool = False) -> Iterator[tuple[str, object]]:
+    """(where, row) of every row of JSONL files, JSON arrays, .gz of either; where is file:line, or file[index]."""
+    files = files_of(paths)
+    with report.bar(what="tokenizing", show=show, total=sum(map(os.path.getsize, files)), unit_scale=True) as bar:
         for file in files:
-            if not Path(file).is_file():
-                near = difflib.get_close_matches(file, [str(p) for p in Path(file).parent.glob("*")], 1)
-                raise ValueError(f"{file}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
             try:
-                yield from rows_of(file)
+                yield from rows_of(file, bar)
             except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, EOFError, OSError, zlib.error) as error:
                 raise ValueError(f"{file}: {error}") from None
 
 
-def rows_of(file: str) -> Iterator[tuple[str, object]]:
-    """Rows of a JSON array, or undecoded lines of JSONL, so that a bad one is a bad row and not a bad file."""
-    with (gzip.open if file.endswith(".gz") else open)(file, "rb") as lines:
+def rows_of(file: str, bar) -> Iterator[tuple[str, object]]:
+    """Rows of a JSON array, or undecoded lines of JSONL, so that a bad one is a bad row and not a bad file. bar: of bytes."""
+    before = bar.n
+    with open(file, "rb") as raw, gzip.open(raw) if file.endswith(".gz") else contextlib.nullcontext(raw) as lines:
         if not file.removesuffix(".gz").endswith(".json"):
-            yield from ((f"{file}:{i}", line) for i, line in enumerate(lines, 1) if line.strip())
+            for i, line in enumerate(lines, 1):
+                bar.update(before + raw.tell() - bar.n)
+                if line.strip():
+                    yield f"{file}:{i}", line
             return
         rows = json.load(lines)
         if not isinstance(rows, list):
@@ -657,7 +672,7 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
         drafts.clear()
         rows.clear()
 
-    for where, row in tqdm(read_rows(paths), desc="tokenizing", unit=" rows", disable=not show, leave=False):
+    for where, row in read_rows(paths, show):
         counts["read"] += 1
         try:
             row = json.loads(row) if isinstance(row, bytes) else row
@@ -894,3 +909,10 @@ def rounded(length: int) -> int:
     """Up to the next of 8, 12, 16, 24, 32, 48, 64, ...: at most half as much again."""
     power = 1 << max(3, (length - 1).bit_length())
     return power * 3 // 4 if length <= power * 3 // 4 and power > 8 else power
+
+
+if __name__ == "__main__":
+    import sys
+
+    import preview
+    preview.main(sys.argv[1:])

@@ -523,6 +523,12 @@ def has_score(folder: Path) -> bool:
     return any(SCORES.sub("score.", name).startswith("score.") for name in read_weights(folder, names_only=True))
 
 
+def read_state(folder: Path, shape: Shape) -> dict[str, Tensor]:
+    """A folder's tensors under our names."""
+    state = {SCORES.sub("score.", name): tensor for name, tensor in read_weights(folder).items()}
+    return from_gpt2(state) if shape.gpt2 else state
+
+
 def load(folder: Path, heads: dict[str, int] = LANGUAGE, seed: int = 0) -> tuple[Decoder, torch.dtype]:
     """A model in fp32 (master weights; fp64 stays) with these heads, and the dtype its folder has. Every tensor is accounted
     for: heads that are not asked for are left out, and a score head that is not there is new (by seed)."""
@@ -531,9 +537,7 @@ def load(folder: Path, heads: dict[str, int] = LANGUAGE, seed: int = 0) -> tuple
         config.pop(said, None)
     with torch.device("meta"):
         decoder = Decoder(config, str(folder / "config.json"), heads)
-    state = {SCORES.sub("score.", name): tensor for name, tensor in read_weights(folder).items()}
-    if decoder.shape.gpt2:
-        state = from_gpt2(state)
+    state = read_state(folder, decoder.shape)
     if "score" in heads and len(state.get("score.weight", ())) == heads["score"]:
         if "score.bias" in state and decoder.score.bias is None:  # a constant that a folder of another project has: it stays
             decoder.score.bias = nn.Parameter(torch.zeros(heads["score"]), requires_grad=False)

@@ -1,8 +1,11 @@
-"""Columns of a batch that need a forward but no gradient: the frozen reference's log-probs, a teacher's highest logits.
+"""Columns of a batch that need a forward but no gradient: log-probs of the frozen reference, a teacher's logits, KTO's estimate of
+the KL, and what a coupled loss reads of the whole step.
 
-A source takes the micro-batches of a step and adds a column to each. The reference is loaded from its own folder, never
-taken from the live model, and runs through the training path: at step 0 policy and reference agree to the last bits.
+A source is made once a run, from train.Run: {split: add}, where add(batches, epoch) puts a column into each micro-batch of a
+step. Frozen models are loaded from their own folders, never taken from the live one (a resumed run has the same reference), and
+run through the training path: at step 0 policy and reference agree to the last bits.
 """
+import functools
 import gc
 import hashlib
 import os
@@ -11,44 +14,210 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
-from data import Dataset, Layout, in_order, micro_batches
-from losses import head_chunk
-from model import find_folder
+import data
+import losses
+import model
+import report
 
 
-def live(decoder, autocast: Callable) -> Callable:
-    """A source that runs the frozen model in every step."""
+def frozen(run, name: str, outputs: list[str]) -> model.Decoder:
+    return model.load_model(run.cfg, run.machine, name, run.tokenizer, outputs)[0].requires_grad_(False)
+
+
+def frozen_reference(run) -> model.Decoder:
+    return frozen(run, run.cfg.reference or run.start_from, ["log_probs"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+def reference_source(run) -> dict[str, Callable]:
+    """reference_log_probs: from the table on disk, or of a model that runs in every step."""
+    def from_table(dataset):
+        table = reference_table(run, dataset)
+
+        def add(batches, epoch):
+            for batch in batches:
+                batch["reference_log_probs"] = table[batch["scored_index"]]
+        return add
+
+    def live(decoder):
+        def add(batches, epoch):
+            for batch in batches:
+                with torch.no_grad(), run.machine.autocast():
+                    batch["reference_log_probs"] = decoder(batch, ["log_probs"])["log_probs"]
+        return add
+    if run.cfg.reference_live:
+        return dict.fromkeys(run.datasets, live(frozen_reference(run)))
+    return {split: from_table(dataset) for split, dataset in run.datasets.items()}
+
+
+def teacher_source(run) -> dict[str, Callable]:
+    """teacher_logits, not yet made: the teacher's hidden states and its head; or its highest ones, from the disk."""
+    cfg = run.cfg
+    if not run.teacher:
+        raise ValueError("distillation needs teacher, a model folder or a config file")
+    run.tokenizer.same_ids(data.Tokenizer(model.find_folder(run.teacher)))
+
+    def load():
+        decoder = frozen(run, run.teacher, ["logits"])
+        for dataset in run.datasets.values():
+            model.check_lengths(decoder, dataset)
+        return decoder
+
+    def live(decoder):
+        def add(batches, epoch):
+            for batch in batches:
+                with torch.no_grad(), run.machine.autocast():
+                    batch["teacher_logits"] = decoder(batch, ["logits"])["logits"]
+        return add
+    if not cfg.teacher_top_k:
+        return dict.fromkeys(run.datasets, live(load()))
+    if any(given.get("jsd_beta") == 1 for given in cfg.bound.values()):
+        raise ValueError("teacher_top_k with jsd_beta = 1: the reverse KL asks for the teacher's probability of every token "
+                         "that the student takes, and only its highest are kept; leave out one of the two")
+    known = run.tokenizer.fast.get_vocab_size()
+    if cfg.teacher_top_k > known:
+        raise ValueError(f"teacher_top_k = {cfg.teacher_top_k} and the vocabulary has {known} tokens")
+    described = model.find_folder(run.teacher) / "config.json"
+    vocab = model.read_shape(model.read_json(described), str(described)).vocab_size
+
+    def highest(decoder, batch):
+        logits, chunk = decoder(batch, ["logits"])["logits"], losses.head_chunk(len(decoder.lm_head.weight), run.machine.device)
+        parts = [logits.rows(start, start + chunk).topk(cfg.teacher_top_k) for start in range(0, len(logits.hidden), chunk)]
+        return {"top": torch.cat([p.values for p in parts]), "index": torch.cat([p.indices for p in parts]).int()}
+
+    def of(dataset):
+        tables = precomputed(run, dataset, f"teacher's top {cfg.teacher_top_k} logits", load, highest, fingerprint(run.teacher, cfg))
+
+        def add(batches, epoch):
+            for batch in batches:
+                at = batch["scored_index"]
+                batch["teacher_logits"] = losses.TopLogits(tables["top"][at], tables["index"][at], vocab)
+        return add
+    return {split: of(dataset) for split, dataset in run.datasets.items()}
+
+
+def mismatched_source(run) -> dict[str, Callable]:
+    """policy_KL_logps and reference_KL_logps, KTO's estimate of the KL: log-probs of the step's prompts with responses of other
+    prompts, under the current policy, by a pass without gradient, and under the reference, looked up. All ranks get those of
+    the whole step."""
+    machine = run.machine
+
+    def of(dataset):
+        @functools.lru_cache(maxsize=1)
+        def rows_of(epoch):
+            rows = data.mismatched(dataset, run.cfg.seed, epoch)
+            return rows, reference_table(run, rows) if "reference_KL_logps" in run.streams else None
+
+        def add(batches, epoch):
+            rows, table = rows_of(epoch)
+            mine = torch.cat([batch["rows"] for batch in batches]).unique().cpu().numpy()
+            parts = {"policy_KL_logps": [], "reference_KL_logps": []}
+            with torch.no_grad(), machine.autocast():
+                for batch in data.micro_batches(rows, mine, run.layout)[0]:
+                    of_policy = run.decoder(batch, ["log_probs"])["log_probs"]
+                    parts["policy_KL_logps"].append(losses.by_response(batch, of_policy).sum(-1))
+                    if table is not None:
+                        parts["reference_KL_logps"].append(losses.by_response(batch, table[batch["scored_index"]]).sum(-1))
+            for name in [name for name, logps in parts.items() if logps]:
+                logps = torch.cat(machine.gather(torch.cat(parts[name])))
+                for batch in batches:
+                    batch[name] = logps
+        return add
+    return {split: of(dataset) for split, dataset in run.datasets.items()}
+
+
+SOURCES = {"reference_log_probs": reference_source, "teacher_logits": teacher_source, "policy_KL_logps": mismatched_source,
+           "reference_KL_logps": mismatched_source}  # column that a loss reads -> what adds it to the batches of a step
+
+
+def running_source(running: dict) -> Callable:
+    """Means over all earlier steps. running: name -> sum and count of a metric."""
     def add(batches: list[dict], epoch: int):
+        means = {name: total / count.clamp(min=1) for name, (total, count) in running.items()}
         for batch in batches:
-            with torch.no_grad(), autocast():
-                batch["reference_log_probs"] = decoder(batch, ["log_probs"])["log_probs"]
+            batch.update(means)
     return add
 
 
-def from_table(table: torch.Tensor) -> Callable:
-    """A source that looks up what was precomputed: table holds every scored token of the dataset."""
+def step_source(decoder, terms: list, outputs: list[str], machine) -> Callable:
+    """What coupled losses read of the whole step, by a pass without gradient. Runs after all other sources. (An eval couples
+    the rows of each piece of data.in_order; alone in its step, a micro-batch needs no pass.)"""
+    wanted = {name: reading for term in terms if term.objective.coupled for name, reading in term.reads.items()}
+
     def add(batches: list[dict], epoch: int):
-        for batch in batches:
-            batch["reference_log_probs"] = table[batch["scored_index"]]
+        if machine.world == len(batches) == 1:
+            batches[0]["step"] = losses.Step(1, {})
+            return
+        with torch.no_grad(), machine.autocast():
+            mine = [{name: losses.read(reading, available) for name, reading in wanted.items()}
+                    for available in ({**batch, **decoder(batch, outputs)} for batch in batches)]
+        for name in [name for name, own in mine[0].items() if own.dim() > 1]:
+            raise ValueError(f"{name} has shape {tuple(mine[0][name].shape)}: a coupled loss reads (n,) and () tensors alone")
+        parts = int(machine.sum(torch.tensor(float(len(batches)), device=machine.device)))
+        others = [{} for _ in batches]
+        for name in [name for name in wanted if mine[0][name].dim()]:  # a number is the same in every micro-batch
+            own = [readings[name] for readings in mine]
+            ranks = machine.gather(torch.cat(own))
+            for i in range(len(batches)):
+                others[i][name] = (torch.cat([*ranks[:machine.rank], *own[:i], own[0][:0]]),
+                                   torch.cat([*own[i + 1:], *ranks[machine.rank + 1:], own[0][:0]]))
+        for batch, readings in zip(batches, others):
+            batch["step"] = losses.Step(parts, readings)
     return add
 
 
-def fingerprint(name: str, cfg: dict) -> str:
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables: computed once for every scored token of the rows, kept on disk
+
+
+def reference_table(run, dataset: data.Dataset) -> torch.Tensor:
+    """The reference's log-probs of every scored token, (dataset.offsets[-1],)."""
+    weights = fingerprint(run.cfg.reference or run.start_from, run.cfg)
+    of = lambda decoder, batch: decoder(batch, ["log_probs"])
+    return precomputed(run, dataset, "reference log-probs", lambda: frozen_reference(run), of, weights)["log_probs"]
+
+
+def precomputed(run, dataset: data.Dataset, what: str, load: Callable, of: Callable, weights: str) -> dict[str, torch.Tensor]:
+    """Tables of what of(decoder, batch) says of each scored token, name -> (dataset.offsets[-1], ...): from the cache on disk, or
+    by one pass over the rows, shared between the ranks. load() gives the frozen model, which is freed afterwards."""
+    machine = run.machine
+    path = Path(run.cfg.cache_dir).expanduser() / f"reference-{key(run, dataset, what, weights)}.safetensors"
+    tables = read(path, int(dataset.offsets[-1]))
+    if machine.sum(torch.tensor(float(tables is None), device=machine.device)) == 0:  # every rank has it
+        run.say(f"{what} of {len(dataset):,} rows: cached in {run.cfg.cache_dir}")
+        return {name: table.to(machine.device) for name, table in tables.items()}
+    decoder = load()
+    tables = sweep(lambda batch: of(decoder, batch), dataset, run.layout, machine, what)
+    if machine.rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        save_file({name: table.cpu() for name, table in tables.items()}, part)
+        os.replace(part, path)
+    del decoder
+    gc.collect()  # compiled blocks are in reference cycles
+    return tables
+
+
+def fingerprint(name: str, cfg) -> str:
     """Hash of a model's weights and config.json; of one made from scratch, of what it is made from."""
     if name == "scratch":
-        return f"{cfg['seed']} {cfg['scratch']} {cfg['tokenizer']}"
-    digest, folder = hashlib.sha256(), find_folder(name)
+        return f"{cfg.seed} {cfg.scratch} {cfg.tokenizer}"
+    digest, folder = hashlib.sha256(), model.find_folder(name)
     for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
         with open(file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
 
 
-def key(weights: str, dataset: Dataset, precision: str) -> str:
-    """What reference log-probs depend on: weights, token ids and scored masks, precision and device."""
-    digest = hashlib.sha256(f"{weights} {precision}".encode())
+def key(run, dataset: data.Dataset, what: str, weights: str) -> str:
+    """What a table depends on: weights, token ids and scored masks, and what numbers depend on besides these."""
+    machine = run.machine
+    precision = f"{machine.device} {machine.dtype} {torch.__version__} compiled={machine.compiled} {run.layout.tokens}"
+    digest = hashlib.sha256(f"{weights} {precision} {what}".encode())
     for e in dataset.examples:
         for part in (e.prompt, *e.responses, *e.scored):
             digest.update(len(part).to_bytes(4, "little") + part.tobytes())
@@ -64,55 +233,15 @@ def read(path: Path, size: int) -> dict | None:
     return tables if tables and all(len(table) == size for table in tables.values()) else None
 
 
-def log_probs(load: Callable, weights: str, dataset: Dataset, layout: Layout, precision: str, machine,
-              cache_dir: str) -> torch.Tensor:
-    """Of every scored token of the rows, (dataset.offsets[-1],)."""
-    def of(decoder, batch):
-        return {"log_probs": decoder(batch, ["log_probs"])["log_probs"]}
-    return precompute(load, of, "reference log-probs", weights, dataset, layout, precision, machine, cache_dir)["log_probs"]
-
-
-def top_logits(load: Callable, weights: str, dataset: Dataset, layout: Layout, k: int, precision: str, machine, cache_dir: str):
-    """The k highest logits of every scored token and where they are, (dataset.offsets[-1], k) each."""
-    def of(decoder, batch):
-        logits, chunk = decoder(batch, ["logits"])["logits"], head_chunk(len(decoder.lm_head.weight), machine.device)
-        parts = [logits.rows(start, start + chunk).topk(k) for start in range(0, len(logits.hidden), chunk)]
-        return {"top": torch.cat([p.values for p in parts]), "index": torch.cat([p.indices for p in parts]).int()}
-    made = precompute(load, of, f"teacher's top {k} logits", weights, dataset, layout, precision, machine, cache_dir)
-    return made["top"], made["index"]
-
-
-def sweep(of: Callable, dataset: Dataset, layout: Layout, machine, what: str = "") -> dict[str, torch.Tensor]:
+def sweep(of: Callable, dataset: data.Dataset, layout: data.Layout, machine, what: str = "") -> dict[str, torch.Tensor]:
     """Tables of what of(batch) says of each scored token, name -> (dataset.offsets[-1], ...), by one pass without gradient over
     the rows, shared between the ranks."""
     tables = {}
-    for rows in tqdm(in_order(dataset), desc=what, disable=machine.rank > 0 or not what, leave=False):
-        for batch in micro_batches(dataset, rows, layout, machine.rank, machine.world)[0]:
+    for rows in report.bar(data.in_order(dataset), what, machine.rank == 0 and bool(what)):
+        for batch in data.micro_batches(dataset, rows, layout, machine.rank, machine.world)[0]:
             with torch.no_grad(), machine.autocast():
                 made = of(batch)
             for name, values in made.items():
                 table = tables.setdefault(name, values.new_zeros(int(dataset.offsets[-1]), *values.shape[1:]))
                 table[batch["scored_index"]] = values
     return {name: machine.sum(table) for name, table in tables.items()}  # disjoint shares
-
-
-def precompute(load: Callable, of: Callable, what: str, weights: str, dataset: Dataset, layout: Layout, precision: str, machine,
-               cache_dir: str) -> dict[str, torch.Tensor]:
-    """Tables of what of(decoder, batch) says of each scored token, name -> (dataset.offsets[-1], ...): from the cache on disk, or
-    by one pass over the rows, shared between the ranks. load() gives the frozen model, which is freed afterwards."""
-    path = Path(cache_dir).expanduser() / f"reference-{key(weights, dataset, f'{precision} {what}')}.safetensors"
-    tables = read(path, int(dataset.offsets[-1]))
-    if machine.sum(torch.tensor(float(tables is None), device=layout.device)) == 0:  # every rank has it
-        if machine.rank == 0:
-            print(f"{what} of {len(dataset):,} rows: from {path}")
-        return {name: table.to(layout.device) for name, table in tables.items()}
-    decoder = load()
-    tables = sweep(lambda batch: of(decoder, batch), dataset, layout, machine, what)
-    if machine.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        save_file({name: table.cpu() for name, table in tables.items()}, part)
-        os.replace(part, path)
-    del decoder
-    gc.collect()  # compiled blocks are in reference cycles
-    return tables

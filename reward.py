@@ -13,12 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
-from tqdm import tqdm
 
 import config
 import data
 import losses
 import model
+import report
 
 Said = list[list[float | str]]  # of each example, of each answer: its reward, or what went wrong
 
@@ -188,7 +188,7 @@ class Scorer:
         model.check_lengths(self.decoder, dataset)
         self.tokens, found = max(self.tokens, data.stream_length([dataset], 64, 0)), [None] * len(dataset)
         layout = self.machine.layout(self.tokens)
-        for rows in tqdm(data.in_order(dataset, 64), desc="scoring", leave=False):
+        for rows in report.bar(data.in_order(dataset, 64), "rewards", self.machine.rank == 0):
             for batch in data.micro_batches(dataset, rows, layout)[0]:
                 with torch.no_grad(), self.machine.autocast():
                     made = self.decoder(batch, [self.stream])[self.stream].double()

@@ -24,6 +24,7 @@ import data
 import losses
 import model
 import reference
+import report
 import reward
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,15 +55,17 @@ class Answer(NamedTuple):
 @torch.no_grad()
 def generate(decoder, prompts: list[list[int]], *, max_new_tokens: int, stop: set[int], n: int = 1, sampling: Sampling = GREEDY,
              keys: list[tuple] | None = None, strings: tuple = (), text: Callable | None = None, batch: int = 256,
-             check: int = 16, compiled: bool = False, longest: int = 0, watch: Callable | None = None) -> list[list[Answer]]:
+             check: int = 16, compiled: bool = False, longest: int = 0, watch: Callable | None = None, show: str = ""
+             ) -> list[list[Answer]]:
     """n answers to each prompt (a list of ids), whose part of the cache is computed once for all of them.
 
     An answer ends at a token of `stop`, or where `text(ids)` holds one of `strings`. keys: the integers that the random numbers
     of each prompt are a function of. batch: rows at a time. Every `check` tokens the host looks which rows are done; they leave
     the batch then. compiled: a decoding step is one graph, and they stay; longest: prompt that is yet to come, for the graph's
-    shapes. watch(row, ids) is called for each row that goes on or has just ended, whenever the host looks.
+    shapes. watch(row, ids) is called for each row that goes on or has just ended, whenever the host looks. show: the name of a bar.
     """
     keys, answers, each = keys or [(0, i) for i in range(len(prompts))], [], max(1, batch // n)
+    bar = report.bar(what=show, show=bool(show), total=-(-len(prompts) // each) * max_new_tokens)
     for start in range(0, len(prompts), each):
         some, uniform = prompts[start:start + each], None
         padded = some + some[-1:] * (each - len(some)) if compiled and start else some  # of one shape
@@ -72,8 +75,10 @@ def generate(decoder, prompts: list[list[int]], *, max_new_tokens: int, stop: se
             uniform[:len(seeds)] = [np.random.default_rng(seed).random(max_new_tokens, np.float32) for seed in seeds]
         look = functools.partial(_look, check=check, strings=strings, text=text, watch=watch) if strings or watch else None
         slots = -(-(max(longest, *map(len, some)) + max_new_tokens) // 64) * 64
-        rows = _generate(decoder, padded, len(some), n, slots, max_new_tokens, stop, sampling, uniform, look, check, compiled)
+        rows = _generate(decoder, padded, len(some), n, slots, max_new_tokens, stop, sampling, uniform, look, check, compiled, bar)
         answers += [rows[i * n:(i + 1) * n] for i in range(len(some))]
+        bar.update((start // each + 1) * max_new_tokens - bar.n)
+    bar.close()
     return answers
 
 
@@ -83,7 +88,8 @@ def answers_to(prompts: list[list[int]], decoder, tokenizer: data.Tokenizer, cfg
                     text=tokenizer.decode, batch=cfg.rollout_batch, **options)
 
 
-def _generate(decoder, prompts, real, n, slots, max_new_tokens, stop, sampling, uniform, look, check, compiled) -> list[Answer]:
+def _generate(decoder, prompts, real, n, slots, max_new_tokens, stop, sampling, uniform, look, check, compiled,
+              bar) -> list[Answer]:
     shape, device, longest, rows = decoder.shape, decoder.lm_head.weight.device, max(map(len, prompts)), len(prompts) * n
     slots = min(slots, shape.max_positions) if shape.gpt2 else slots  # learned positions end
     with torch.compiler.set_stance("force_eager"):  # shapes of its own, which would use up the blocks' compilations
@@ -100,6 +106,7 @@ def _generate(decoder, prompts, real, n, slots, max_new_tokens, stop, sampling, 
     for t in range(max_new_tokens):
         token, log_prob = pick(logits, uniform[alive, t], sampling)
         tokens[alive, t], log_probs[alive, t] = token, log_prob
+        bar.update()
         stopped = torch.isin(token, stops)
         lengths[alive] = torch.where(~done & (stopped | (place + 1 >= slots)), t + 1, lengths[alive])
         ended[alive] |= ~done & stopped
@@ -324,7 +331,7 @@ class Rollouts:
         self.per_epoch = -(-len(self.prompts) // self.size) * self.steps
         self.rewards = reward.rewards(cfg, run.machine, run.tokenizer, folder_of)
         self.outputs = ["log_probs", *["values"] * ("values" in run.streams)]
-        self.reference = run.reference() if cfg.kl_coef or "reference_log_probs" in run.streams else None
+        self.reference = reference.frozen_reference(run) if cfg.kl_coef or "reference_log_probs" in run.streams else None
         for decoder in [self.decoder] + [self.reference] * bool(self.reference):
             decoder.temperature = cfg.temperature
         if (cfg.top_k or cfg.top_p < 1 or cfg.min_p) and run.machine.rank == 0:
@@ -392,7 +399,7 @@ class Rollouts:
             answers.extend(answers_to(
                 [e.prompt.tolist() for e in examples], self.sampler, self.tokenizer, cfg, n=cfg.samples_per_prompt,
                 sampling=Sampling.of(cfg), keys=[(cfg.seed, place) for place in places[share]], compiled=machine.compiled,
-                longest=self.longest))
+                longest=self.longest, show="answers" if machine.rank == 0 else ""))
             clock["generate"] += time.perf_counter() - begin
             return self.rewards([answered(e, some) for e, some in zip(examples, answers)],
                                 [[written(self.tokenizer, answer) for answer in some] for some in answers])

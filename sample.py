@@ -1,25 +1,38 @@
-"""Use a model folder: answer prompts, talk with it, score rows, or keep the answer that a reward model likes best.
+"""Use a model: any folder that train.py writes (a run, its model/, a checkpoint), or another in Hugging Face layout.
 
     python sample.py generate --model=out/dpo --prompt=7+25+18+9= --temperature=0
-    python sample.py generate --model=out/dpo --data=prompts.jsonl --n=4 --max_new_tokens=64
+    python sample.py generate --model=out/dpo --data=prompts.jsonl --n=4
     python sample.py chat --model=path/to/SmolLM2-135M-Instruct --top_p=0.9
-    python sample.py score --model=out/rm/model --data=rows.jsonl --out=scores.jsonl
-    python sample.py best --model=out/sft/model --reward=out/rm/model --data=prompts.jsonl --n=8 --check=configs/dpo.py
+    python sample.py score --model=out/rm --data=rows.jsonl --out=scores.jsonl
+    python sample.py best --model=out/sft --reward=out/rm --data=prompts.jsonl --n=8
+    python sample.py compare --model=out/dpo --other=out/sft --reward=out/rm \\
+        --data=prompts.jsonl
+    python sample.py merge --model=out/dpo --other=out/sft --weight=0.5 --out=FOLDER
+    python sample.py merge --model=out/dpo/checkpoint-100 --save_dtype=bfloat16 \\
+        --out=FOLDER
 
-One JSON object a row, in the input's order. Keys of the config (temperature, top_p, max_length, chat_template, device, ...)
-are options here too.
+One JSON object a row, in the input's order. Keys of the config (temperature,
+top_p, max_length, chat_template, device, ...) are options here too.
 """
 import argparse
 import itertools
 import json
+import math
+import shutil
 import sys
+import textwrap
 import types
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors.torch import save_file
 
+import checkpoint
 import config
 import data
+import model
 import reward
 import rollout
 import train
@@ -50,27 +63,39 @@ def ids_of(prompt: str | list, tokenizer: data.Tokenizer) -> list[int]:
     return data.tokenize([("", draft, *data.render(draft, tokenizer, "last"))], tokenizer, "joint", Counter())[0].prompt.tolist()
 
 
+def asked(options, policy: reward.Scorer, cfg) -> list[data.Example]:
+    """The prompts of --data, or that of --prompt (the user's message, where there is a chat template)."""
+    if not options.prompt:
+        return data.load(options.data, "prompts", policy.tokenizer, cfg).examples[:]
+    prompt = [{"role": "user", "content": options.prompt}] if policy.tokenizer.chat_template else options.prompt
+    ids = np.array(ids_of(prompt, policy.tokenizer), np.int32)
+    return [data.Example(ids, [], [], [], [], [], [], "--prompt", row={"prompt": prompt})]
+
+
+def answered(options, policy: reward.Scorer, cfg) -> tuple[list[data.Example], list[list[str]]]:
+    """The prompts with n answers each as their responses, and the answers' texts."""
+    prompts = asked(options, policy, cfg)
+    answers = answers_to([e.prompt.tolist() for e in prompts], policy, cfg, options.n, show="answers")
+    texts = [[rollout.written(policy.tokenizer, answer) for answer in mine] for mine in answers]
+    return [rollout.answered(e, mine) for e, mine in zip(prompts, answers)], texts
+
+
 def generate(options, cfg):
-    policy = language_model(options.model, cfg)
-    if options.prompt:
-        asked = [[{"role": "user", "content": options.prompt}] if policy.tokenizer.chat_template else options.prompt]
-        ids = [ids_of(prompt, policy.tokenizer) for prompt in asked]
-    else:
-        examples = data.load(options.data, "prompts", policy.tokenizer, cfg).examples
-        asked, ids = [e.row["prompt"] for e in examples], [e.prompt.tolist() for e in examples]
-    return [{"prompt": prompt, "answers": [rollout.written(policy.tokenizer, a) for a in some]}
-            for prompt, some in zip(asked, answers_to(ids, policy, cfg, options.n))]
+    trees, texts = answered(options, language_model(options.model, cfg), cfg)
+    return [{"prompt": e.row["prompt"], "answers": mine} for e, mine in zip(trees, texts)]
 
 
 def chat(options, cfg):
     """A conversation in the terminal, word by word; without a chat template, each line is a prompt by itself."""
-    policy, messages = language_model(options.model, cfg), []
-    tokenizer = policy.tokenizer
+    policy = language_model(options.model, cfg)
+    tokenizer, messages = policy.tokenizer, [{"role": "system", "content": options.system}] * bool(options.system)
+    memory = "" if tokenizer.chat_template else " It has no chat template: each line is a prompt by itself."
+    print(f"{options.model}: Ctrl-C stops an answer, Ctrl-D ends.{memory}", file=sys.stderr)
     for turn in itertools.count():
         try:
-            said = input("> ")
-        except EOFError:
-            return []
+            said = input("\n> ")
+        except (EOFError, KeyboardInterrupt):
+            return print(file=sys.stderr)
         messages.append({"role": "user", "content": said})
         ids, shown = ids_of(messages if tokenizer.chat_template else said, tokenizer), ""
 
@@ -80,9 +105,13 @@ def chat(options, cfg):
             print(text[len(shown):], end="", flush=True)
             shown = text
         of_turn = types.SimpleNamespace(**{**vars(cfg), "seed": cfg.seed + turn})
-        (answer,), = answers_to([ids], policy, of_turn, check=1, watch=watch)
+        try:
+            (answer,), = answers_to([ids], policy, of_turn, check=1, watch=watch)
+            shown = rollout.written(tokenizer, answer)
+        except KeyboardInterrupt:
+            pass  # what was said so far stays
         print()
-        messages.append({"role": "assistant", "content": rollout.written(tokenizer, answer)})
+        messages.append({"role": "assistant", "content": shown})
 
 
 def lines(found: list[list], dataset: data.Dataset) -> list[dict]:
@@ -132,14 +161,9 @@ def report_steps(found: list[list], dataset: data.Dataset):
 
 def best(options, cfg):
     """Best of n: sampled answers ranked by a reward model, or by the lowest step of a process reward model."""
-    scorer, policy = opened(options.reward, cfg), language_model(options.model, cfg)
-    check = config.load([f"--config={options.check}"]).check if options.check else None
-    prompts, said = data.load(options.data, "prompts", policy.tokenizer, cfg), []
-    rewards_of = reward.by_model(scorer, policy.tokenizer)
-    answers = answers_to([e.prompt.tolist() for e in prompts.examples], policy, cfg, options.n)
-    written = [[rollout.written(policy.tokenizer, a) for a in mine] for mine in answers]
-    trees = [rollout.answered(e, mine) for e, mine in zip(prompts.examples, answers)]
-    for e, texts, rewards in zip(prompts.examples, written, rewards_of(trees, written)):
+    scorer, policy, check, said = opened(options.reward, cfg), language_model(options.model, cfg), check_of(options), []
+    trees, written = answered(options, policy, cfg)
+    for e, texts, rewards in zip(trees, written, reward.by_model(scorer, policy.tokenizer)(trees, written)):
         line = {"prompt": e.row["prompt"], "best": texts[rewards.index(max(rewards))], "answers": texts, "rewards": rewards}
         if check:
             right = [bool(check(e.row["prompt"], text, e.row)) for text in texts]
@@ -153,35 +177,107 @@ def best(options, cfg):
     return said
 
 
-COMMANDS = {"generate": generate, "chat": chat, "score": score, "best": best}
+def check_of(options):
+    return config.load([f"--config={options.check}"]).check if options.check else None
+
+
+def compare(options, cfg):
+    """The answers of two models to the same prompts, and which of them a reward model likes better, or which are right."""
+    sides, check = [], check_of(options)
+    scorer = opened(options.reward, cfg) if options.reward else None
+    for name in (options.model, options.other):
+        policy = language_model(name, cfg)
+        trees, texts = answered(options, policy, cfg)
+        values = {"answer": [mine[0] for mine in texts]}
+        if scorer:
+            values["reward"] = [mine[0] for mine in reward.by_model(scorer, policy.tokenizer)(trees, texts)]
+        if check:
+            values["right"] = [bool(check(e.row["prompt"], mine[0], e.row)) for e, mine in zip(trees, texts)]
+        sides.append(values)
+    one, other = sides
+    for key, verb in (("reward", "is liked better"), ("right", "is right and the other is not")):
+        if key in one:
+            points = [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(one[key], other[key])]
+            rate = sum(points) / len(points)
+            error = 1.96 * math.sqrt(sum((p - rate) ** 2 for p in points) / len(points) / max(len(points) - 1, 1))
+            print(f"{options.model} {verb} in {points.count(1)} of {len(points)}, {options.other} in {points.count(0)}, ties "
+                  f"{points.count(0.5)}: win rate {rate:.3f} +- {error:.3f} (95 %)", file=sys.stderr)
+    return [{"prompt": e.row["prompt"], **{key: [one[key][i], other[key][i]] for key in one}} for i, e in enumerate(trees)]
+
+
+def beside(line: dict) -> str:
+    """What compare says of a prompt, in two columns."""
+    prompt = line["prompt"] if isinstance(line["prompt"], str) else line["prompt"][-1]["content"]
+    columns = [[part for text in answer.splitlines() or [""] for part in textwrap.wrap(text, 38) or [""]] for answer in line["answer"]]
+    rows = [f"{left:38} | {right:38}".rstrip() for left, right in itertools.zip_longest(*columns, fillvalue="")]
+    notes = [f"{key} {a} | {b}" for key, (a, b) in line.items() if key in ("reward", "right")]
+    return "\n".join([*textwrap.wrap(prompt[-400:], 79), "-" * 79, *rows, *notes, ""])
+
+
+def merge(options, cfg):
+    """A folder with the mean of two models' weights, tensor by tensor (model soups, arXiv:2203.05482), --weight of it the first
+    one's; without --other, a copy, in another dtype if that is asked for."""
+    folder, out = model.find_folder(options.model), Path(options.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out={options.out} is there already; name another folder")
+    tensors = model.read_weights(folder)
+    if options.other:
+        others = model.read_weights(model.find_folder(options.other))
+        shapes = lambda tensors: {name: tuple(t.shape) for name, t in tensors.items()}
+        for name, *_ in sorted(set(shapes(tensors).items()) ^ set(shapes(others).items())):
+            raise ValueError(f"{name} is not the same in {options.model} and {options.other}; a mean needs two models of one shape")
+        data.Tokenizer(folder).same_ids(data.Tokenizer(model.find_folder(options.other)))
+        tensors = {name: torch.lerp(others[name].double(), t.double(), options.weight).to(t.dtype) for name, t in tensors.items()}
+    dtype = getattr(torch, cfg.save_dtype) if cfg.save_dtype else next(iter(tensors.values())).dtype
+
+    def write(part):
+        save_file({name: t.to(dtype).contiguous() for name, t in tensors.items()}, part / "model.safetensors", {"format": "pt"})
+        for file in folder.iterdir():
+            if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in ("model.safetensors.index.json", "state.json"):
+                shutil.copyfile(file, part / file.name)
+        described = {**model.read_json(folder / "config.json"), "torch_dtype": str(dtype).removeprefix("torch.")}
+        described.pop("dtype", None)
+        checkpoint.write_json(part / "config.json", described)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.publish(out, write)
+    print(out, file=sys.stderr)
+
+
+COMMANDS = {"generate": generate, "chat": chat, "score": score, "best": best, "compare": compare, "merge": merge}
+NEEDS = {"score": ("data",), "best": ("reward",), "compare": ("other",), "merge": ("out",)}  # options; and, where PROMPTED, prompts
+PROMPTED = ("generate", "best", "compare")
 
 
 def main(arguments: list[str]):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=COMMANDS)
-    parser.add_argument("--model", required=True, help="model folder, run or hub name")
+    parser.add_argument("--model", required=True, help="folder of a run, a model or a checkpoint, or hub name")
     parser.add_argument("--data", default="", help="file or glob of rows or prompts")
-    parser.add_argument("--prompt", default="", help="generate: one prompt, in the place of a file")
-    parser.add_argument("--out", default="", help="file to write; default: standard output")
-    parser.add_argument("--kind", default="", choices=("", *data.FORMATS), help="kind of rows; default: by their keys")
-    parser.add_argument("--normalize", action="store_true", help="score: rewards by the eval rows' mean and deviation")
-    parser.add_argument("--reward", default="", help="best: folder of the reward model")
+    parser.add_argument("--prompt", default="", help="one prompt, in the place of a file")
+    parser.add_argument("--out", default="", help="file to write (merge: folder); default: standard output")
     parser.add_argument("--n", type=int, default=0, help="generate, best: answers to a prompt (1, 8)")
-    parser.add_argument("--check", default="", help="best: config file with a check function, for the share of right answers")
+    parser.add_argument("--system", default="", help="chat: the system's message")
+    parser.add_argument("--kind", default="", choices=("", *data.FORMATS), help="score: kind of rows; default: by their keys")
+    parser.add_argument("--normalize", action="store_true", help="score: rewards by the eval rows' mean and deviation")
+    parser.add_argument("--reward", default="", help="best, compare: folder of the reward model")
+    parser.add_argument("--check", default="", help="best, compare: config with a check function, for the share that is right")
+    parser.add_argument("--other", default="", help="compare, merge: the other model")
+    parser.add_argument("--weight", type=float, default=0.5, help="merge: share of --model")
     options, rest = parser.parse_known_args(arguments)
     try:
-        if options.what == "best" and not options.reward:
-            raise ValueError("best needs --reward, the folder of a reward model")
-        if options.what != "chat" and not (options.data or options.what == "generate" and options.prompt):
-            raise ValueError(f"{options.what} needs --data, a file of rows")
+        for key in NEEDS.get(options.what, ()):
+            if not getattr(options, key):
+                raise ValueError(f"{options.what} needs --{key}")
+        if options.what in PROMPTED and not (options.data or options.prompt):
+            raise ValueError(f"{options.what} needs --data, a file of prompts, or --prompt")
         options.n = options.n or {"best": 8}.get(options.what, 1)
-        said = COMMANDS[options.what](options, config.load(["--truncation=error", *rest]))
+        said = COMMANDS[options.what](options, config.load(["--truncation=error", *rest])) or []
     except ValueError as error:
         sys.exit(f"error: {error}")
-    text = "".join(json.dumps(line) + "\n" for line in said)
-    if options.out:
-        with open(options.out, "w") as file:
-            file.write(text)
+    beside_each_other = options.what == "compare" and not options.out and sys.stdout.isatty()
+    text = "".join((beside(line) if beside_each_other else json.dumps(line)) + "\n" for line in said)
+    if options.out and options.what != "merge":
+        Path(options.out).write_text(text)
     else:
         print(text, end="")
 

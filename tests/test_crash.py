@@ -4,7 +4,6 @@
 always run do so less often.
 """
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -19,41 +18,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
 import losses
 import model
 import train
 from conftest import ROOT
-from test_train import REWARD, ROWS, SMALL, TRAINED, lines, options, run, weights
-
-FORKS = multiprocessing.get_context("forkserver")  # a process that has imported torch: a run starts in no time
-
-
-@pytest.fixture(autouse=True)
-def server(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    FORKS.set_forkserver_preload(["train"])
-
-
-def child(arguments: list[str]):
-    os.chdir(ROOT)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        os.dup2(nowhere, stream)
-    torch.set_num_threads(1)
-    train.main(arguments)
-
-
-def start(arguments: list[str]):
-    process = FORKS.Process(target=child, args=(list(map(str, arguments)),))
-    process.start()
-    return process
-
+from launch import run, start
+from test_train import REWARD, ROWS, SMALL, TRAINED, lines, options, weights
 
 def whole(out: Path) -> int:
     """Everything that goes by the name of a checkpoint can be read. Returns the newest one's step."""
     newest = 0
-    for folder in train.checkpoints(out):
+    for folder in checkpoint.found(out):
         state = json.loads((folder / "state.json").read_text())
         parts = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
         assert all(t.isfinite().all() for part in parts for t in part.values())
@@ -117,10 +93,11 @@ def wait_for(condition, process, seconds: float = 120):
         time.sleep(0.02)
 
 
-def begin(arguments: list[str], ranks: int = 1):
-    program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return subprocess.Popen([sys.executable, *program, "train.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def begin(arguments: list[str], ranks: int = 1, restarts: int = 0):
+    program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max_restarts={restarts}"]
+    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as README says
+    return subprocess.Popen([sys.executable, *(program if ranks > 1 else []), "train.py", *arguments], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", **own_store})
 
 
 def steps_of(out: Path) -> int:
@@ -162,15 +139,21 @@ def test_a_second_signal_stops_at_once(tmp_path):
 
 
 @pytest.mark.crash
-def test_a_lost_rank(tmp_path):
-    """The others stop with a message and nothing is half-written; the same command, again, ends where an undisturbed run does."""
+@pytest.mark.parametrize("restarts", [0, 2])
+def test_a_lost_rank(restarts, tmp_path):
+    """The others stop with a message and nothing is half-written; the same command, again, ends where an undisturbed run does. With
+    --max_restarts it is torchrun that gives it, each time that a rank is lost."""
     more = dict(max_steps=40, save_every=2)
     run(options(tmp_path, "dpo", "whole", **more), ranks=2)
-    process = begin([*options(tmp_path, "dpo", **more), "--resume"], 2)
-    wait_for(lambda: steps_of(tmp_path / "run") >= 5, process)
-    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(ranks[-1]), signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
+    process = begin([*options(tmp_path, "dpo", **more), "--resume"], 2, restarts)
+    for loss in range(restarts or 1):
+        wait_for(lambda: steps_of(tmp_path / "run") >= 5 + 10 * loss, process)
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(ranks[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=240)
+    if restarts:
+        assert process.returncode == 0, err[-3000:]
+        return same(tmp_path / "whole", tmp_path / "run")
     assert process.returncode and f"Signal 9 (SIGKILL) received by PID {ranks[-1]}" in err, err[-3000:]  # the launcher's
     assert "another rank is gone" in err and "go on with --resume" in err or "exitcode  : -15" in err  # unless it ends the rank first
     assert whole(tmp_path / "run") >= 2 and not (tmp_path / "run" / "model").exists()

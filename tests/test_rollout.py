@@ -266,6 +266,10 @@ def hidden_of(decoder, ids):
     return kept[0], logits
 
 
+def with_critic(checkpoint):
+    return weights(checkpoint) | load_file(checkpoint / "critic.safetensors")
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_ppo_s_gradient_is_that_of_a_plain_restatement(temperature, tmp_path, recorded):
     """The second step on a rollout, where ratios are not 1 and clips bind: loss and gradient of policy, critic, entropy and KL terms,
@@ -275,7 +279,7 @@ def test_ppo_s_gradient_is_that_of_a_plain_restatement(temperature, tmp_path, re
                 kl_coef=0.1, clip_eps_low=0.02, clip_eps_high=0.03, value_clip=0.05, micro_batch_tokens=128, temperature=temperature)
     made = recorded[0]
     one, two = (load_file(out / f"checkpoint-{i}" / "optimizer.safetensors") for i in (1, 2))
-    after = load_file(out / "checkpoint-1" / "model.safetensors")
+    after = with_critic(out / "checkpoint-1")
     tokens = dict(vocab_size=16, eos_token_id=0, bos_token_id=1)
     decoder = model.scratch({**tokens, **SMALL}, 0, {"lm_head": 0, "values": 1}).double()
     decoder.load_state_dict(after)
@@ -338,7 +342,7 @@ def test_ranks_and_micro_batches_do_not_matter_to_ppo(critic, tmp_path, recorded
     start(tmp_path, "ppo", "large", **more)
     start(tmp_path, "ppo", "small", micro_batch_tokens=32, **more)
     run(options(tmp_path, "ppo", "ranks", micro_batch_tokens=32, **more), ranks=2)
-    large, *others = (load_file(tmp_path / out / "checkpoint-3" / "model.safetensors") for out in ("large", "small", "ranks"))
+    large, *others = (with_critic(tmp_path / out / "checkpoint-3") for out in ("large", "small", "ranks"))
     assert any(name.startswith("critic." if critic == "separate" else "values.") for name in large)
     for other in others:
         assert_close(other, large, 1e-9)
@@ -358,7 +362,7 @@ def test_critic_warm_up_is_exactly_so_many_steps(critic, tmp_path, recorded):
                 critic_lr=1e-3)
     more |= dict(critic=critic_folder(tmp_path)) if critic == "separate" else {}
     out = start(tmp_path, **more)
-    states = [load_file(out / f"checkpoint-{i}" / "model.safetensors") for i in range(1, 6)]
+    states = [with_critic(out / f"checkpoint-{i}") for i in range(1, 6)]
     critics = {name for name in states[0] if name.split(".")[0] in model.CRITIC}
     moved = [{name for name in a if not torch.equal(a[name], b[name])} for a, b in zip(states, states[1:])]
     assert moved[0] == moved[1] == critics and moved[2] == moved[3] == states[0].keys()

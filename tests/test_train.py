@@ -15,11 +15,13 @@ import config
 import data
 import losses
 import model
+import reference
 import train
 from conftest import ROOT
+from launch import run
 
 TRAINED = [name for name, o in losses.OBJECTIVES.items()  # what a run can train
-           if losses.streams([losses.bind(name, 1.0, o.hyperparameters)]) <= model.HEADS.keys() | train.SOURCES.keys()
+           if losses.streams([losses.bind(name, 1.0, o.hyperparameters)]) <= model.HEADS.keys() | reference.SOURCES.keys()
            | losses.RUNNING.keys() | train.SUPPLIES.get(o.data, train.Rows).provides]
 WIRINGS = {(o.data, o.reads, o.coupled): name for name, o in reversed(losses.OBJECTIVES.items()) if name in TRAINED}  # a loss of each
 
@@ -43,7 +45,7 @@ def options(tmp_path, name="dpo", out="run", **changes):
     given = dict(objective=name, init_from="scratch", scratch=SMALL, tokenizer="tasks/arithmetic", schedule="constant",
                  train_data=ROWS.get(losses.OBJECTIVES[name].data, "nowhere"), out_dir=tmp_path / out, cache_dir=tmp_path / "cache",
                  batch_size=26, max_steps=4, lr=1e-2, max_length=64, dtype="float64", save_dtype="float64", device="cpu",
-                 compile=False)
+                 compile=False, samples=0)
     if "teacher_logits" in losses.OBJECTIVES[name].reads and not (tmp_path / "teacher").exists():
         teacher = model.scratch({**SMALL, "vocab_size": 16, "eos_token_id": 0, "num_hidden_layers": 1}, 5).double()
         model.save(teacher, tmp_path / "teacher", torch.float64, ROOT / "tasks/arithmetic")
@@ -55,15 +57,6 @@ def options(tmp_path, name="dpo", out="run", **changes):
         given["objective"] = {"kl": {"kl": 1.0, "reinforce": 1.0}, "value": {"value": 1.0, "ppo": 1.0}}.get(name, name)  # at the start
         # the gradient of the KL is 0, and a critic alone is no policy
     return [f"--{key}={value}" for key, value in {**given, **changes}.items()]
-
-
-def run(arguments, ranks=1, check=True, timeout=600, **environment):
-    program = [sys.executable] if ranks == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run([*program, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 def weights(folder):
@@ -229,7 +222,7 @@ def test_a_run_writes_what_the_contract_says(tmp_path, monkeypatch):
     assert {"step", "split", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "seconds", "peak_memory_gb", "rewards/chosen",
             "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"} <= lines(out)[0].keys()
     assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]  # keep_checkpoints = 2
-    assert {p.name for p in (out / "checkpoint-4").iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    assert {p.name for p in (out / "checkpoint-4").iterdir()} == {p.name for p in (out / "model").iterdir()} | {"optimizer.safetensors", "state.json"}
     assert {p.name for p in (out / "model").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {t.dtype for t in weights(out / "model").values()} == {torch.bfloat16}
     assert {t.dtype for t in weights(out / "checkpoint-4").values()} == {torch.float32}
@@ -312,7 +305,7 @@ def test_a_failed_start_leaves_nothing_and_a_run_is_a_start(tmp_path, monkeypatc
 def test_a_missing_stage_is_run_first(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     stage = dict(line[2:].split("=", 1) for line in options(tmp_path, "sft", "first", max_steps=2))
-    plain = ("batch_size", "max_steps", "lr", "max_length", "compile", "scratch")
+    plain = ("batch_size", "max_steps", "lr", "max_length", "compile", "scratch", "samples")
     file = tmp_path / "first.py"
     file.write_text("".join(f"{k} = {v if k in plain else repr(v)}\n" for k, v in stage.items()))
     for out, more in (("second", []), ("third", []), ("fourth", ["--seed=5"])):

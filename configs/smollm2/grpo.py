@@ -1,6 +1,6 @@
 """GRPO of a real model on GSM8K's questions, or any rows {question, answer} whose answer ends in the number.
 
-    python train.py --config configs/smollm2_gsm8k.py --init_from=path/to/SmolLM2-135M-Instruct \\
+    python train.py --config configs/smollm2/grpo.py --init_from=path/to/SmolLM2-135M-Instruct \\
         --train_data=gsm8k-train.jsonl --eval_data=gsm8k-test.jsonl
 
 Three steps of 4 prompts with 4 answers of 96 tokens took a minute on one CPU core; a whole run was not made. A model of this
@@ -26,7 +26,7 @@ def reward(prompt, completion: str, row: dict) -> float:
 objective = "ppo"
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"
 train_data = "gsm8k-train.jsonl"
-out_dir = "out/smollm2_gsm8k"
+out_dir = "out/smollm2/grpo"
 
 advantages = "group_norm"
 samples_per_prompt = 8

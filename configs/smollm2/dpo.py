@@ -1,6 +1,6 @@
 """DPO of a real model on real pairs: SmolLM2-135M-Instruct on Anthropic's HH transcripts, or any folder and pairs.
 
-    python train.py --config configs/smollm2_dpo.py --init_from=path/to/SmolLM2-135M-Instruct \\
+    python train.py --config configs/smollm2/dpo.py --init_from=path/to/SmolLM2-135M-Instruct \\
         --train_data=hh-harmless-test.jsonl.gz
 
 On 2 CPU cores in fp32 a step of 16 pairs took 19 to 24 s; a whole run was not made. On a GPU compute is bfloat16 by default.
@@ -8,7 +8,7 @@ On 2 CPU cores in fp32 a step of 16 pairs took 19 to 24 s; a whole run was not m
 objective = "dpo"
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"
 train_data = "hh-harmless-test.jsonl.gz"
-out_dir = "out/smollm2_dpo"
+out_dir = "out/smollm2/dpo"
 
 beta = 0.1
 batch_size = 64

@@ -1,0 +1,150 @@
+"""Files that are whole or not there: written under a temporary name, fsynced, renamed. Checkpoints, and how a run goes on from one.
+
+A checkpoint-<step> is a model folder (it loads wherever out_dir/model does, in the master weights' dtype) with the optimizer's moments,
+a critic if there is one, and state.json beside it. Never a pickle.
+"""
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import model
+
+REWARD = ("reward_mean", "reward_std")  # of the eval rows, in the config.json of a reward model
+
+
+class State(NamedTuple):
+    """What carries from one step to the next. Fixed rows carry nothing: they are f(seed, step)."""
+    decoder: model.Decoder
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    running: dict  # name -> (2,) sum and count of a metric over all steps
+    skipped: torch.Tensor  # (2,) steps that were not finite: all of them, and those in a row up to now
+    supply: object  # where steps come from
+
+
+def write_text(path: Path, text: str):
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text)
+        fsync(part)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    os.replace(part, path)
+
+
+def write_json(path: Path, value: dict):
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def publish(folder: Path, write: Callable):
+    """A folder that is whole or not there."""
+    part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    part.mkdir()
+    try:
+        write(part)
+        for path in [*part.iterdir(), part]:
+            fsync(path)
+    except Exception:
+        shutil.rmtree(part)  # on a full disk the space is needed
+        raise
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def fsync(path: Path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def found(out: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    folders = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(folders, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def save(out: Path, step: int, state: State, write_model: Callable, keep: int, config: dict, world: int):
+    """write_model(folder, dtype) writes the model; config: the run's, for whoever reads state.json."""
+    weights = dict(state.decoder.named_parameters())
+
+    def write(folder):
+        write_model(folder, next(iter(weights.values())).dtype)
+        critic = {n: p.detach().contiguous() for n, p in weights.items() if n.split(".")[0] in model.CRITIC}
+        if critic:
+            save_file(critic, folder / "critic.safetensors")
+        save_file({f"{n}.{key}": value for n, p in weights.items() for key, value in state.optimizer.state[p].items()},
+                  folder / "optimizer.safetensors")
+        write_json(folder / "state.json", {
+            "step": step, "world_size": world, "scaler": state.scaler.state_dict(), "supply": state.supply.save(folder, step),
+            "running": {name: pair.tolist() for name, pair in state.running.items()}, "skipped": state.skipped.tolist(),
+            "reward": {k: v for k, v in state.decoder.config.items() if k in REWARD}, "config": config})
+    publish(out / f"checkpoint-{step}", write)
+    for old in found(out)[:-keep]:
+        shutil.rmtree(old)
+
+
+def resume(out: Path, state: State, rank: int, barrier: Callable, say: Callable) -> int:
+    """Put the newest checkpoint back; metrics past it are dropped. Returns the steps done."""
+    folders = found(out)
+    barrier()
+    folder, step = (folders[-1], int(folders[-1].name.removeprefix("checkpoint-"))) if folders else (None, 0)
+    say(f"resuming from {folder}" if folder else f"{out} holds no checkpoint: starting from step 0")
+    if rank == 0 and (out / "metrics.jsonl").is_file():
+        lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and step and json.loads(line)["step"] <= step]
+        write_text(out / "metrics.jsonl", "".join(kept))
+    if not folder:
+        return 0
+    weights, moments, kept = read(folder, state.decoder)
+    with torch.no_grad():
+        for name, parameter in state.decoder.named_parameters():
+            parameter.copy_(weights[name])
+            if f"{name}.step" not in moments:  # frozen, or of a policy whose critic has the first steps
+                continue
+            state.optimizer.state[parameter] = {key: moments[f"{name}.{key}"].to(parameter.device)
+                                                for key in ("step", "exp_avg", "exp_avg_sq")}
+    state.decoder.config |= kept.get("reward", {})
+    for name, pair in state.running.items():
+        if name not in kept.get("running", {}):
+            raise ValueError(f"{folder / 'state.json'}: {name} is missing; another objective was trained there, name another "
+                             f"--out_dir")
+        pair.copy_(torch.tensor(kept["running"][name], dtype=pair.dtype))
+    state.skipped.copy_(torch.tensor(kept.get("skipped", [0.0, 0.0])))
+    if state.scaler.is_enabled():
+        state.scaler.load_state_dict(kept["scaler"])
+    state.supply.restore(folder, step, kept["supply"])
+    return step
+
+
+def read(folder: Path, decoder: model.Decoder) -> list[dict]:
+    """Weights, the optimizer's tensors and state.json, or an error that names the file and the way out."""
+    critic = [name for name, _ in decoder.named_parameters() if name.split(".")[0] in model.CRITIC]
+    weights = lambda path: model.read_state(folder, decoder.shape) | (load_file(folder / "critic.safetensors") if critic else {})
+    readers, parts, file = {"model.safetensors": weights, "optimizer.safetensors": load_file, "state.json": model.read_json}, [], ""
+    try:
+        for name, of in readers.items():
+            file = folder / name
+            parts.append(of(file))
+        missing = {"supply", "scaler"} - parts[2].keys()
+        if missing:
+            raise ValueError(f"{' and '.join(sorted(missing))} missing")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{file}: {error}; remove the folder to go on from an older one, or name another --out_dir") from None
+    other = [name for name, p in decoder.named_parameters() if name not in parts[0] or parts[0][name].shape != p.shape]
+    if other:
+        raise ValueError(f"{folder / 'model.safetensors'}: {other[0]} is not that of this model; another one was trained there, "
+                         f"name another --out_dir")
+    return parts

@@ -1,0 +1,11 @@
+"""Arithmetic sigmoid_norm: log-ratios per token, as in Tulu 3.
+
+    python train.py --config configs/sigmoid_norm.py
+
+NUMBER
+"""
+from configs.dpo import *
+
+objective = "sigmoid_norm"
+beta = 1.0
+out_dir = "out/sigmoid_norm"

@@ -1,0 +1,10 @@
+"""AOT on what is chosen and what is rejected of SmolLM2-135M-Instruct on pairs.
+
+    python train.py --config configs/smollm2/aot_unpaired.py --train_data=hh-harmless-test.jsonl.gz
+
+The values are a beginning: a whole run was not made.
+"""
+from configs.smollm2.dpo import *
+
+objective = "aot_unpaired"
+out_dir = "out/smollm2/aot_unpaired"

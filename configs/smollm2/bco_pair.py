@@ -1,0 +1,11 @@
+"""BCO on pairs of SmolLM2-135M-Instruct on pairs.
+
+    python train.py --config configs/smollm2/bco_pair.py --train_data=hh-harmless-test.jsonl.gz
+
+The values are a beginning: a whole run was not made.
+"""
+from configs.smollm2.dpo import *
+
+objective = "bco_pair"
+beta = 0.05
+out_dir = "out/smollm2/bco_pair"

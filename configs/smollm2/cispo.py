@@ -1,0 +1,10 @@
+"""CISPO of SmolLM2-135M-Instruct on GSM8K's questions.
+
+    python train.py --config configs/smollm2/cispo.py --train_data=gsm8k-train.jsonl
+
+The values are a beginning: a whole run was not made.
+"""
+from configs.smollm2.grpo import *
+
+objective = "cispo"
+out_dir = "out/smollm2/cispo"

@@ -1,0 +1,11 @@
+"""DiscoPOP of SmolLM2-135M-Instruct on pairs.
+
+    python train.py --config configs/smollm2/discopop.py --train_data=hh-harmless-test.jsonl.gz
+
+The values are a beginning: a whole run was not made.
+"""
+from configs.smollm2.dpo import *
+
+objective = "discopop"
+beta = 0.05
+out_dir = "out/smollm2/discopop"

@@ -1,0 +1,10 @@
+"""GRPO with a KL and an entropy term of SmolLM2-135M-Instruct on GSM8K's questions.
+
+    python train.py --config configs/smollm2/entropy_bonus.py --train_data=gsm8k-train.jsonl
+
+The values are a beginning: a whole run was not made.
+"""
+from configs.smollm2.grpo import *
+
+objective = {"ppo": 1.0, "kl": 0.01, "entropy_bonus": 0.001}
+out_dir = "out/smollm2/entropy_bonus"

@@ -1,0 +1,10 @@
+"""EXO of SmolLM2-135M-Instruct on pairs.
+
+    python train.py --config configs/smollm2/exo_pair.py --train_data=hh-harmless-test.jsonl.gz
+
+The values are a beginning: a whole run was not made.
+"""
+from configs.smollm2.dpo import *
+
+objective = "exo_pair"
+out_dir = "out/smollm2/exo_pair"

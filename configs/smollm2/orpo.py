@@ -1,0 +1,11 @@
+"""ORPO of SmolLM2-135M-Instruct on pairs.
+
+    python train.py --config configs/smollm2/orpo.py --train_data=hh-harmless-test.jsonl.gz
+
+The values are a beginning: a whole run was not made.
+"""
+from configs.smollm2.dpo import *
+
+objective = "orpo"
+lr = 8e-6
+out_dir = "out/smollm2/orpo"

@@ -1,0 +1,12 @@
+"""RLOO of SmolLM2-135M-Instruct on GSM8K's questions.
+
+    python train.py --config configs/smollm2/reinforce.py --train_data=gsm8k-train.jsonl
+
+The values are a beginning: a whole run was not made.
+"""
+from configs.smollm2.grpo import *
+
+objective = {"reinforce": 1.0, "kl": 0.01}
+advantages = "rloo"
+del clip_eps_high
+out_dir = "out/smollm2/reinforce"

@@ -1,0 +1,10 @@
+"""A reward model with a hinge from SmolLM2-135M-Instruct.
+
+    python train.py --config configs/smollm2/rm_hinge.py --train_data=hh-harmless-test.jsonl.gz
+
+The values are a beginning: a whole run was not made.
+"""
+from configs.smollm2.rm import *
+
+objective = "rm_hinge"
+out_dir = "out/smollm2/rm_hinge"

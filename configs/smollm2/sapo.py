@@ -1,0 +1,11 @@
+"""SAPO of SmolLM2-135M-Instruct on GSM8K's questions.
+
+    python train.py --config configs/smollm2/sapo.py --train_data=gsm8k-train.jsonl
+
+The values are a beginning: a whole run was not made.
+"""
+from configs.smollm2.grpo import *
+
+objective = "sapo"
+del clip_eps_high
+out_dir = "out/smollm2/sapo"

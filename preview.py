@@ -1,0 +1,130 @@
+"""What the model will see of a file: `python data.py FILE --config=configs/dpo.py [--rows=3] [--key=value ...]`.
+
+A few rows with the tokens that are trained in green (in [brackets] where there are no colours), what was cut or dropped, how long
+rows are, and how they pack. Nothing is trained, and no stage is run.
+"""
+import argparse
+import os
+import re
+import sys
+
+import numpy as np
+
+import config
+import data
+import losses
+import model
+
+GREEN, RED, FAINT = "1;32", "1;31", "2"
+LONG = 240  # tokens that are shown of a text
+
+
+def paint(text: str, code: str) -> str:
+    if code and text and (sys.stdout.isatty() or os.environ.get("FORCE_COLOR")):
+        return f"\033[{code}m{text}\033[0m"
+    return f"[{text}]" if text.strip() and code in (GREEN, RED) else text
+
+
+def tokenizer_of(cfg) -> data.Tokenizer:
+    """The one that a run would have, without running the stages before it."""
+    folder, name, stage = cfg.tokenizer, cfg.init_from, cfg
+    while not folder and name.endswith(".py"):
+        stage = config.load_stage(name, stage)
+        folder, name = stage.tokenizer, stage.init_from
+    if not folder and not name:
+        raise ValueError("whose tokens? name a --config, --init_from=FOLDER or --tokenizer=FOLDER")
+    return data.Tokenizer(folder or model.find_folder(name), cfg.chat_template)
+
+
+def marked(ids: np.ndarray, scored: np.ndarray, labels: np.ndarray | None, tokenizer: data.Tokenizer) -> list[tuple]:
+    """(text, colour) of runs of tokens: what is trained stands out, in red where the label of a step says bad. Of many tokens,
+    the first and the last."""
+    if len(ids) > LONG:
+        cut = slice(None, LONG - 80), slice(-80, None)
+        first, last = (marked(ids[part], scored[part], labels[part] if labels is not None else None, tokenizer) for part in cut)
+        return [*first, (f" ... {len(ids) - LONG:,} more tokens ... ", FAINT), *last]
+    runs, begin = [], 0
+    decode = lambda end: tokenizer.fast.decode(ids[:end].tolist(), skip_special_tokens=False)
+    for end in [*(np.flatnonzero(np.diff(scored)) + 1).tolist(), len(ids)]:
+        wrong = labels is not None and labels[end - 1] < 0.5
+        runs.append((decode(end)[len(decode(begin)):], (RED if wrong else GREEN) if scored[begin] else FAINT))
+        begin = end
+    return runs
+
+
+def flow(label: str, runs: list[tuple], said: str) -> str:
+    """Coloured runs of text behind a label, in lines of at most 79 columns; a line's end in the text is an arrow."""
+    lines, room = [f"  {label:12}"], 65
+    for text, code in [*runs, (f"  {said}", "")]:
+        painted = []
+        for word in re.findall(r"\n|[^\s]+[^\S\n]*|[^\S\n]+", text.replace("\n", "\u21b5\n")):
+            if len(word.rstrip()) > room and room < 65 and word != "\n":
+                lines[-1] += paint("".join(painted), code)
+                painted, room = [], 65
+                lines.append(" " * 14)
+            if word == "\n":
+                lines[-1] += paint("".join(painted), code)
+                painted, room = [], 65
+                lines.append(" " * 14)
+            else:
+                painted.append(word)
+                room -= len(word)
+        lines[-1] += paint("".join(painted), code)
+    return "\n".join(lines)
+
+
+def row(e: data.Example, tokenizer: data.Tokenizer) -> str:
+    names = {**dict.fromkeys(e.chosen, "chosen" if e.rejected else "desirable"),
+             **{i: "rejected" if e.chosen else "undesirable" for i in e.rejected}}
+    nothing = np.zeros(len(e.prompt), bool)
+    lines = [e.where, flow("prompt", marked(e.prompt, nothing, None, tokenizer), f"({len(e.prompt)} tokens)")]
+    for i, (ids, scored) in enumerate(zip(e.responses, e.scored)):
+        runs = marked(ids, scored, e.labels[i] if e.labels else None, tokenizer)
+        lines.append(flow(names.get(i, "response"), runs, f"({len(ids)} tokens, {int(scored.sum())} trained)"))
+    return "\n".join(lines)
+
+
+def histogram(lengths: np.ndarray, most: int) -> str:
+    """Tokens of a prompt with its longest response, in up to ten bins."""
+    counts, edges = np.histogram(lengths, np.unique(np.linspace(lengths.min(), lengths.max() + 1, 11).astype(int)))
+    lines = [f"  {low:>6,} to {high - 1:>6,} |{'#' * round(40 * n / counts.max()):40}| {n:,}"
+             for n, low, high in zip(counts, edges, edges[1:])]
+    return "\n".join([f"tokens of a prompt with its longest response (max_length = {most:,}; median {np.median(lengths):,.0f})", *lines])
+
+
+def packing(dataset: data.Dataset, longest: np.ndarray, cfg) -> str:
+    """How the first steps of a run pack: into how many streams, how full they are, and what padding would make of them."""
+    tokens = data.stream_length([dataset], cfg.batch_size, cfg.micro_batch_tokens)
+    steps = [data.step_rows(dataset, step, cfg.batch_size, cfg.seed) for step in range(min(20, data.steps_per_epoch(dataset, cfg.batch_size)))]
+    streams = [len(data.pack(dataset.lengths[rows].tolist(), tokens)) for rows in steps]
+    real = sum(int(dataset.lengths[rows].sum()) for rows in steps)
+    padded = sum(int(longest[rows].max()) * sum(max(1, len(dataset.examples[i].responses)) for i in rows) for rows in steps)
+    return (f"packing: {np.mean([len(rows) for rows in steps]):,.0f} rows a step are {real / len(steps):,.0f} tokens, in "
+            f"{np.mean(streams):.1f} streams of up to {tokens:,}\n"
+            f"  padded to the longest of the step, prompts repeated, they would be {padded / len(steps):,.0f} ({padded / real:.1f}x)")
+
+
+def main(arguments: list[str]):
+    parser = argparse.ArgumentParser(description=__doc__, prog="data.py", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", metavar="FILE", help="rows; default: the config's train_data")
+    parser.add_argument("--config", default="", help="config file: its objective says which kind of rows they are")
+    parser.add_argument("--rows", type=int, default=3, help="how many rows are shown")
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        cfg = config.load([*[f"--config={options.config}"] * bool(options.config), *rest])
+        kind, tokenizer = config.data_kind(cfg), tokenizer_of(cfg)
+        dataset = data.load(options.files or cfg.train_data, kind, tokenizer, cfg)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    counts, examples = dataset.counts, dataset.examples
+    print(f"{kind} rows for {'+'.join(cfg.weights)}, tokens of {tokenizer.folder}:")
+    print(", ".join(f"{counts[name]:,} {name}" for name in data.COUNTS) + "\n")
+    for e in examples[:options.rows]:
+        print(row(e, tokenizer) + "\n")
+    longest = np.array([len(e.prompt) + max(map(len, e.responses), default=0) for e in examples])
+    trained = sum(int(mask.sum()) for e in examples for mask in e.scored)
+    print(histogram(longest, cfg.max_length))
+    if not trained:  # prompts: what is trained is yet to be written
+        return
+    print(f"trained: {trained:,} of {int(dataset.lengths.sum()):,} tokens ({trained / dataset.lengths.sum():.0%})")
+    print(packing(dataset, longest, cfg))

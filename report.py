@@ -1,0 +1,76 @@
+"""What a run says: bars for what takes long, metrics.jsonl and the trackers that were asked for, and a summary at its end."""
+import json
+import math
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+def bar(steps=None, what: str = "", show: bool = True, **more) -> tqdm:
+    """A bar of 80 columns with the time left, of what takes longer than a second; in a log, a line every half a minute."""
+    return tqdm(steps, desc=what, disable=not show, mininterval=0.2 if sys.stderr.isatty() else 30, **{
+        "leave": False, "delay": 1, "bar_format": "{desc} |{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]", **more})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines
+
+
+def recorder(out: Path, track: str, config: dict) -> Callable:
+    """record(line): a line of metrics.jsonl, and of the tracker."""
+    follow = TRACKERS[track](out, config) if track else lambda line: None
+
+    def record(line: dict):
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        follow(line)
+    return record
+
+
+def numbers(line: dict) -> dict[str, float]:
+    """train/loss, eval/loss, ... of a line."""
+    return {f"{line['split']}/{name}": value for name, value in line.items()
+            if name not in ("split", "step") and isinstance(value, (int, float))}
+
+
+def by_wandb(out: Path, config: dict) -> Callable:
+    import wandb
+    run = wandb.init(project="nanoalign", name=out.name, group=str(out), config=config)
+    return lambda line: run.log(numbers(line), step=line["step"])
+
+
+def by_tensorboard(out: Path, config: dict) -> Callable:
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(out / "tensorboard")
+
+    def follow(line):
+        for name, value in numbers(line).items():
+            writer.add_scalar(name, value, line["step"])
+        writer.flush()
+    return follow
+
+
+TRACKERS = {"wandb": by_wandb, "tensorboard": by_tensorboard}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The end
+
+
+def summary(out: Path, first: dict, last: dict, shown: list[str], before: list[tuple], after: list[tuple], command: str) -> str:
+    """What was learned, samples of before and after, where the model is and what to do with it. before, after: (prompt, answer)."""
+    lines, names = [f"{out}: before -> after"], [name for name in shown if name in first and name in last]
+    lines += [f"  {name:20} {first[name]:.4g} -> {last[name]:.4g}" for name in names]
+    for (prompt, old), (_, new) in zip(before, after):
+        lines += ["", *wrapped("  prompt  ", prompt[-150:]), *wrapped("  before  ", old), *wrapped("  after   ", new)]
+    return "\n".join([*lines, "", f"  model   {out / 'model'}", f"  try     {command}", f"  picture python plot.py {out}"])
+
+
+def wrapped(label: str, text: str) -> list[str]:
+    """At most three lines."""
+    text = " ".join(text.split()) or "(nothing)"
+    return textwrap.wrap(text, 79, initial_indent=label, subsequent_indent=" " * len(label), max_lines=3, placeholder=" ...")
