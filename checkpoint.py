@@ -1,7 +1,7 @@
-"""Files that are whole or not there: written under a temporary name, fsynced, renamed. Checkpoints, and how a run goes on from one.
+"""Files that are whole or not there: written under a temporary name, fsynced, renamed. Checkpoints, and how a run goes on.
 
-A checkpoint-<step> is a model folder (it loads wherever out_dir/model does, in the master weights' dtype) with the optimizer's moments,
-a critic if there is one, and state.json beside it. Never a pickle.
+A checkpoint-<step> is a model folder (it loads wherever out_dir/model does, in the master weights' dtype) with the optimizer's
+moments, a critic if there is one, and state.json beside it. Never a pickle.
 """
 import json
 import os
@@ -92,8 +92,10 @@ def save(out: Path, step: int, state: State, write_model: Callable, keep: int, c
             "running": {name: pair.tolist() for name, pair in state.running.items()}, "skipped": state.skipped.tolist(),
             "reward": {k: v for k, v in state.decoder.config.items() if k in REWARD}, "config": config})
     publish(out / f"checkpoint-{step}", write)
-    for old in found(out)[:-keep]:
-        shutil.rmtree(old)
+    for folder in found(out)[:-keep]:
+        folder.rename(folder.with_name(folder.name + ".old"))  # half-removed, it goes by no checkpoint's name
+    for leftover in [*out.glob("checkpoint-*.old"), *out.glob("checkpoint-*.part")]:
+        shutil.rmtree(leftover)
 
 
 def resume(out: Path, state: State, rank: int, barrier: Callable, say: Callable) -> int:
@@ -133,7 +135,8 @@ def read(folder: Path, decoder: model.Decoder) -> list[dict]:
     """Weights, the optimizer's tensors and state.json, or an error that names the file and the way out."""
     critic = [name for name, _ in decoder.named_parameters() if name.split(".")[0] in model.CRITIC]
     weights = lambda path: model.read_state(folder, decoder.shape) | (load_file(folder / "critic.safetensors") if critic else {})
-    readers, parts, file = {"model.safetensors": weights, "optimizer.safetensors": load_file, "state.json": model.read_json}, [], ""
+    readers = {"model.safetensors": weights, "optimizer.safetensors": load_file, "state.json": model.read_json}
+    parts, file = [], folder
     try:
         for name, of in readers.items():
             file = folder / name

@@ -89,19 +89,21 @@ def histogram(lengths: np.ndarray, most: int) -> str:
     counts, edges = np.histogram(lengths, np.unique(np.linspace(lengths.min(), lengths.max() + 1, 11).astype(int)))
     lines = [f"  {low:>6,} to {high - 1:>6,} |{'#' * round(40 * n / counts.max()):40}| {n:,}"
              for n, low, high in zip(counts, edges, edges[1:])]
-    return "\n".join([f"tokens of a prompt with its longest response (max_length = {most:,}; median {np.median(lengths):,.0f})", *lines])
+    title = f"tokens of a prompt with its longest response (max_length = {most:,}; median {np.median(lengths):,.0f})"
+    return "\n".join([title, *lines])
 
 
 def packing(dataset: data.Dataset, longest: np.ndarray, cfg) -> str:
     """How the first steps of a run pack: into how many streams, how full they are, and what padding would make of them."""
     tokens = data.stream_length([dataset], cfg.batch_size, cfg.micro_batch_tokens)
-    steps = [data.step_rows(dataset, step, cfg.batch_size, cfg.seed) for step in range(min(20, data.steps_per_epoch(dataset, cfg.batch_size)))]
+    first = range(min(20, data.steps_per_epoch(dataset, cfg.batch_size)))
+    steps = [data.step_rows(dataset, step, cfg.batch_size, cfg.seed) for step in first]
     streams = [len(data.pack(dataset.lengths[rows].tolist(), tokens)) for rows in steps]
     real = sum(int(dataset.lengths[rows].sum()) for rows in steps)
     padded = sum(int(longest[rows].max()) * sum(max(1, len(dataset.examples[i].responses)) for i in rows) for rows in steps)
     return (f"packing: {np.mean([len(rows) for rows in steps]):,.0f} rows a step are {real / len(steps):,.0f} tokens, in "
             f"{np.mean(streams):.1f} streams of up to {tokens:,}\n"
-            f"  padded to the longest of the step, prompts repeated, they would be {padded / len(steps):,.0f} ({padded / real:.1f}x)")
+            f"  padded to the longest of the step, with prompts repeated: {padded / len(steps):,.0f} ({padded / real:.1f}x)")
 
 
 def main(arguments: list[str]):

@@ -90,7 +90,8 @@ def teacher_source(run) -> dict[str, Callable]:
         return {"top": torch.cat([p.values for p in parts]), "index": torch.cat([p.indices for p in parts]).int()}
 
     def of(dataset):
-        tables = precomputed(run, dataset, f"teacher's top {cfg.teacher_top_k} logits", load, highest, fingerprint(run.teacher, cfg))
+        what = f"teacher's top {cfg.teacher_top_k} logits"
+        tables = precomputed(run, dataset, what, load, highest, fingerprint(run.teacher, cfg))
 
         def add(batches, epoch):
             for batch in batches:

@@ -1,4 +1,5 @@
 """What a run says: bars for what takes long, metrics.jsonl and the trackers that were asked for, and a summary at its end."""
+import importlib.util
 import json
 import math
 import sys
@@ -9,10 +10,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 
+BAR = "{desc} |{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
 def bar(steps=None, what: str = "", show: bool = True, **more) -> tqdm:
     """A bar of 80 columns with the time left, of what takes longer than a second; in a log, a line every half a minute."""
     return tqdm(steps, desc=what, disable=not show, mininterval=0.2 if sys.stderr.isatty() else 30, **{
-        "leave": False, "delay": 1, "bar_format": "{desc} |{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]", **more})
+        "leave": False, "delay": 1, "bar_format": BAR, **more})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -31,6 +35,12 @@ def recorder(out: Path, track: str, config: dict) -> Callable:
     return record
 
 
+def check_tracker(track: str):
+    spec = importlib.util.find_spec(track) if track else None
+    if track and not (spec and spec.origin):  # a folder of that name is no package
+        raise ValueError(f"track = {track!r} is not installed; pip install {track}, or leave it out")
+
+
 def numbers(line: dict) -> dict[str, float]:
     """train/loss, eval/loss, ... of a line."""
     return {f"{line['split']}/{name}": value for name, value in line.items()
@@ -39,7 +49,7 @@ def numbers(line: dict) -> dict[str, float]:
 
 def by_wandb(out: Path, config: dict) -> Callable:
     import wandb
-    run = wandb.init(project="nanoalign", name=out.name, group=str(out), config=config)
+    run = wandb.init(project="nanoalign", name=out.name, group=str(out), dir=out, config=config)
     return lambda line: run.log(numbers(line), step=line["step"])
 
 
@@ -61,13 +71,13 @@ TRACKERS = {"wandb": by_wandb, "tensorboard": by_tensorboard}
 # The end
 
 
-def summary(out: Path, first: dict, last: dict, shown: list[str], before: list[tuple], after: list[tuple], command: str) -> str:
-    """What was learned, samples of before and after, where the model is and what to do with it. before, after: (prompt, answer)."""
+def summary(out: Path, first: dict, last: dict, shown: list[str], before: list[tuple], after: list[tuple], use: str) -> str:
+    """What was learned, samples (prompt, answer) of before and after, where the model is and what to do with it."""
     lines, names = [f"{out}: before -> after"], [name for name in shown if name in first and name in last]
     lines += [f"  {name:20} {first[name]:.4g} -> {last[name]:.4g}" for name in names]
     for (prompt, old), (_, new) in zip(before, after):
         lines += ["", *wrapped("  prompt  ", prompt[-150:]), *wrapped("  before  ", old), *wrapped("  after   ", new)]
-    return "\n".join([*lines, "", f"  model   {out / 'model'}", f"  try     {command}", f"  picture python plot.py {out}"])
+    return "\n".join([*lines, "", f"  model   {out / 'model'}", f"  try     {use}", f"  picture python plot.py {out}"])
 
 
 def wrapped(label: str, text: str) -> list[str]:

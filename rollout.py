@@ -62,7 +62,7 @@ def generate(decoder, prompts: list[list[int]], *, max_new_tokens: int, stop: se
     An answer ends at a token of `stop`, or where `text(ids)` holds one of `strings`. keys: the integers that the random numbers
     of each prompt are a function of. batch: rows at a time. Every `check` tokens the host looks which rows are done; they leave
     the batch then. compiled: a decoding step is one graph, and they stay; longest: prompt that is yet to come, for the graph's
-    shapes. watch(row, ids) is called for each row that goes on or has just ended, whenever the host looks. show: the name of a bar.
+    shapes. watch(row, ids) is called for each row that goes on or has just ended, whenever the host looks. show: a bar's name.
     """
     keys, answers, each = keys or [(0, i) for i in range(len(prompts))], [], max(1, batch // n)
     bar = report.bar(what=show, show=bool(show), total=-(-len(prompts) // each) * max_new_tokens)

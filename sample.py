@@ -200,18 +200,21 @@ def compare(options, cfg):
             points = [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(one[key], other[key])]
             rate = sum(points) / len(points)
             error = 1.96 * math.sqrt(sum((p - rate) ** 2 for p in points) / len(points) / max(len(points) - 1, 1))
-            print(f"{options.model} {verb} in {points.count(1)} of {len(points)}, {options.other} in {points.count(0)}, ties "
-                  f"{points.count(0.5)}: win rate {rate:.3f} +- {error:.3f} (95 %)", file=sys.stderr)
+            print(f"{options.model} {verb} in {points.count(1)} of {len(points)}, {options.other} in {points.count(0)}, "
+                  f"ties {points.count(0.5)}: win rate {rate:.3f} +- {error:.3f} (95 %)", file=sys.stderr)
     return [{"prompt": e.row["prompt"], **{key: [one[key][i], other[key][i]] for key in one}} for i, e in enumerate(trees)]
 
 
 def beside(line: dict) -> str:
     """What compare says of a prompt, in two columns."""
     prompt = line["prompt"] if isinstance(line["prompt"], str) else line["prompt"][-1]["content"]
-    columns = [[part for text in answer.splitlines() or [""] for part in textwrap.wrap(text, 38) or [""]] for answer in line["answer"]]
-    rows = [f"{left:38} | {right:38}".rstrip() for left, right in itertools.zip_longest(*columns, fillvalue="")]
+    wrapped = lambda text: [part for line in text.splitlines() for part in textwrap.wrap(line, 38) or [""]]
+    rows = [f"{left:38} | {right}".rstrip() for left, right in itertools.zip_longest(*map(wrapped, line["answer"]), fillvalue="")]
     notes = [f"{key} {a} | {b}" for key, (a, b) in line.items() if key in ("reward", "right")]
     return "\n".join([*textwrap.wrap(prompt[-400:], 79), "-" * 79, *rows, *notes, ""])
+
+
+NOT_OF_A_MODEL = ("model.safetensors.index.json", "state.json")
 
 
 def merge(options, cfg):
@@ -225,15 +228,16 @@ def merge(options, cfg):
         others = model.read_weights(model.find_folder(options.other))
         shapes = lambda tensors: {name: tuple(t.shape) for name, t in tensors.items()}
         for name, *_ in sorted(set(shapes(tensors).items()) ^ set(shapes(others).items())):
-            raise ValueError(f"{name} is not the same in {options.model} and {options.other}; a mean needs two models of one shape")
+            raise ValueError(f"{name} differs in {options.model} and {options.other}; a mean needs two models of one shape")
         data.Tokenizer(folder).same_ids(data.Tokenizer(model.find_folder(options.other)))
-        tensors = {name: torch.lerp(others[name].double(), t.double(), options.weight).to(t.dtype) for name, t in tensors.items()}
+        mean = lambda name, t: torch.lerp(others[name].double(), t.double(), options.weight).to(t.dtype)
+        tensors = {name: mean(name, t) for name, t in tensors.items()}
     dtype = getattr(torch, cfg.save_dtype) if cfg.save_dtype else next(iter(tensors.values())).dtype
 
     def write(part):
         save_file({name: t.to(dtype).contiguous() for name, t in tensors.items()}, part / "model.safetensors", {"format": "pt"})
         for file in folder.iterdir():
-            if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in ("model.safetensors.index.json", "state.json"):
+            if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in NOT_OF_A_MODEL:
                 shutil.copyfile(file, part / file.name)
         described = {**model.read_json(folder / "config.json"), "torch_dtype": str(dtype).removeprefix("torch.")}
         described.pop("dtype", None)
@@ -244,7 +248,7 @@ def merge(options, cfg):
 
 
 COMMANDS = {"generate": generate, "chat": chat, "score": score, "best": best, "compare": compare, "merge": merge}
-NEEDS = {"score": ("data",), "best": ("reward",), "compare": ("other",), "merge": ("out",)}  # options; and, where PROMPTED, prompts
+NEEDS = {"score": ("data",), "best": ("reward",), "compare": ("other",), "merge": ("out",)}
 PROMPTED = ("generate", "best", "compare")
 
 

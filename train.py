@@ -123,6 +123,14 @@ class Run(NamedTuple):
     prompts: data.Dataset | None  # that eval answers
     layout: data.Layout
 
+    def answers(self) -> bool:
+        """Whether it trains a language model."""
+        return bool({"log_probs", "logits"} & {*self.outputs})
+
+    def questions(self) -> data.Dataset:
+        """Rows with prompts to answer."""
+        return self.prompts or self.datasets.get("eval") or self.datasets["train"]
+
 
 def train(cfg):
     """One run, from a resolved config to out_dir/model."""
@@ -130,6 +138,7 @@ def train(cfg):
     say = print if machine.rank == 0 else lambda *_: None
     if out.exists() and any(out.iterdir()) and not cfg.resume:
         raise ValueError(f"out_dir {cfg.out_dir} is not empty; go on with --resume, name another --out_dir, or remove it")
+    report.check_tracker(cfg.track)
     supply_of = SUPPLIES.get(config.data_kind(cfg), Rows)
     run, folder_of = prepared(cfg, machine, say, supply_of)
     decoder, terms, outputs, layout = run.decoder, run.terms, run.outputs, run.layout
@@ -225,10 +234,12 @@ def train(cfg):
                          f"repair the rows or lower lr, and go on with --resume")
 
     # The loop
+    described = {"digest": digest, "rows": {split: dict(rows.counts) for split, rows in run.datasets.items()},
+                 "config": config.as_json(cfg)}
     record = lambda line: None
     if machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(out / "run.json", {"digest": digest, "finished": False, "config": config.as_json(cfg)})
+        checkpoint.write_json(out / "run.json", {**described, "finished": False})
         record = report.recorder(out, cfg.track, config.as_json(cfg))
     first = {} if done else unless_lost(0, evaluated)
     before = [] if done else samples(run)
@@ -290,7 +301,7 @@ def train(cfg):
     if machine.rank == 0:
         dtype = getattr(torch, cfg.save_dtype) if cfg.save_dtype else run.saved_dtype
         checkpoint.publish(out / "model", lambda folder: write_model(folder, dtype))
-        checkpoint.write_json(out / "run.json", {"digest": digest, "finished": True, "config": config.as_json(cfg)})
+        checkpoint.write_json(out / "run.json", {**described, "finished": True})
         say(report.summary(out, first, last, ["loss", show, "exact_match", "reward"], before, samples(run), use_of(run)))
     machine.barrier()
     if machine.any(bool(told)):  # in the last step: it is done, what would follow is not
@@ -463,7 +474,8 @@ def evaluate(run: Run, sources: list[dict], rewards: Callable | None, out: Path)
     """The eval rows through the training path without gradient, every rank its share, each row once; and answers to prompts."""
     metrics, machine = {}, run.machine
     if "eval" in run.datasets:
-        dataset, meter, predicted = run.datasets["eval"], Meter(), [n for n in losses.PREDICTED if any(n in t.reads for t in run.terms)]
+        dataset, meter = run.datasets["eval"], Meter()
+        predicted = [name for name in losses.PREDICTED if any(name in term.reads for term in run.terms)]
         counts = data.count(dataset.examples)
         scores = torch.zeros(int(dataset.pair_offsets[-1]), len(predicted), dtype=torch.float64, device=machine.device)
         with torch.no_grad(), machine.autocast():
@@ -501,10 +513,9 @@ def judge(run: Run, rewards: Callable | None) -> dict[str, float]:
 
 def samples(run: Run) -> list[tuple[str, str]]:
     """A few prompts and greedy answers to them, on rank 0; none of a model that does not answer."""
-    rows = run.prompts or run.datasets.get("eval") or run.datasets["train"]
-    if run.machine.rank or not {"log_probs", "logits"} & {*run.outputs}:
+    if run.machine.rank or not run.answers():
         return []
-    prompts = [e.prompt.tolist() for e in rows.examples[:run.cfg.samples]]
+    prompts = [e.prompt.tolist() for e in run.questions().examples[:run.cfg.samples]]
     brief = types.SimpleNamespace(**{**vars(run.cfg), "max_new_tokens": min(run.cfg.max_new_tokens, 64)})
     try:
         answers = rollout.answers_to(prompts, run.decoder, run.tokenizer, brief)
@@ -515,15 +526,15 @@ def samples(run: Run) -> list[tuple[str, str]]:
 
 def use_of(run: Run) -> str:
     """The command that tries the model."""
-    cfg, answers = run.cfg, {"log_probs", "logits"} & {*run.outputs}
-    if answers and run.tokenizer.chat_template:
-        return f"python sample.py chat --model={cfg.out_dir}"
-    if not answers:
-        files = cfg.eval_data or cfg.train_data
-        return f"python sample.py score --model={cfg.out_dir} --data={shlex.quote(files if isinstance(files, str) else files[0])}"
-    rows = run.prompts or run.datasets.get("eval") or run.datasets["train"]
-    prompt = shlex.quote(run.tokenizer.decode(rows.examples[0].prompt.tolist())[-60:])
-    return f"python sample.py generate --model={cfg.out_dir} --temperature=0 --prompt={prompt}"
+    files = run.cfg.eval_data or run.cfg.train_data
+    if not run.answers():
+        use, end = "score", f"--data={shlex.quote(files if isinstance(files, str) else files[0])}"
+    elif run.tokenizer.chat_template:
+        use, end = "chat", ""
+    else:
+        prompt = run.tokenizer.decode(run.questions().examples[0].prompt.tolist())[-60:]
+        use, end = "generate", f"--temperature=0 --prompt={shlex.quote(prompt)}"
+    return f"python sample.py {use} --model={shlex.quote(run.cfg.out_dir)} {end}".rstrip()
 
 
 def write_predictions(out: Path, scores: torch.Tensor, predicted: list[str], decoder, machine: Machine):
@@ -533,7 +544,8 @@ def write_predictions(out: Path, scores: torch.Tensor, predicted: list[str], dec
     decoder.config |= dict(zip(checkpoint.REWARD, (scores.mean().item(), scores.std(correction=0).item())))
     if machine.rank == 0:
         keys = [losses.PREDICTED[name] for name in predicted]
-        checkpoint.write_text(out / "predictions.jsonl", "".join(json.dumps(dict(zip(keys, row))) + "\n" for row in scores.tolist()))
+        lines = [json.dumps(dict(zip(keys, row))) + "\n" for row in scores.tolist()]
+        checkpoint.write_text(out / "predictions.jsonl", "".join(lines))
 
 
 def model_writer(run: Run) -> Callable:
