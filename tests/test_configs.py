@@ -73,20 +73,77 @@ def test_the_demo_learns(tmp_path):
     assert f"exact_match {before:.4g} -> {after:.4g}" in " ".join(printed.split())
 
 
-def test_the_loss_in_the_readme_trains(tmp_path):
-    """README's box, as it stands: a function at the end of losses.py, a config, and no other change."""
-    box = re.search(r"```python\n# losses.py\n(.+?)\n# configs/focal.py\n(.+?)```", (ROOT / "README.md").read_text(), re.S)
-    assert sum(map(bool, box[1].splitlines() + box[2].splitlines())) <= 12
+# ---------------------------------------------------------------------------------------------------------------------
+# README's boxes, as they stand
+
+
+README = (ROOT / "README.md").read_text()
+TINY_RUN = ["--init_from=scratch", f"--scratch={SMALL}", "--tokenizer=tasks/arithmetic", "--max_steps=2", "--eval_prompts=", "--device=cpu"]
+
+
+def box(first_line: str) -> str:
+    """The code of the block that has this first line, without it."""
+    return re.search(rf"```python\n{re.escape(first_line)}\n(.+?)```", README, re.S)[1]
+
+
+@pytest.fixture
+def repo(tmp_path):
+    """A copy to change."""
     for file in ROOT.glob("*.py"):
         (tmp_path / file.name).write_text(file.read_text())
     for folder in ("configs", "tasks"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    with open(tmp_path / "losses.py", "a") as file:
-        file.write("\n\n" + box[1])
-    (tmp_path / "configs" / "focal.py").write_text(box[2])
-    done = subprocess.run([sys.executable, "train.py", "--config=configs/focal.py", "--focus=2.0", "--init_from=scratch", f"--scratch={SMALL}",
-                           "--tokenizer=tasks/arithmetic", "--max_steps=2", "--eval_prompts=", "--device=cpu", f"--cache_dir={tmp_path}/cache"],
-                          cwd=tmp_path, capture_output=True, text=True)
+    return tmp_path
+
+
+def python(repo, *arguments) -> str:
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=repo, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = [json.loads(line) for line in open(tmp_path / "out/focal/metrics.jsonl")]
-    assert {"loss/focal", "rewards/accuracies", "logps/chosen"} <= lines[1].keys() and lines[1]["loss/focal"] == pytest.approx(0.25 * 0.693147, rel=1e-4)
+    return done.stdout
+
+
+def test_the_loss_in_the_readme_trains(repo):
+    loss, recipe = box("# losses.py").split("# configs/focal.py\n")
+    assert sum(map(bool, loss.splitlines() + recipe.splitlines())) <= 12
+    with open(repo / "losses.py", "a") as file:
+        file.write("\n\n" + loss)
+    (repo / "configs" / "focal.py").write_text(recipe)
+    python(repo, "train.py", "--config=configs/focal.py", "--focus=2.0", f"--cache_dir={repo}/cache", *TINY_RUN)
+    first = lines(repo / "out/focal")[0]
+    assert {"loss/focal", "rewards/accuracies", "logps/chosen"} <= first.keys() and first["loss/focal"] == pytest.approx(0.25 * 0.693147, rel=1e-4)
+
+
+def test_the_format_in_the_readme_is_read(repo):
+    source = (repo / "data.py").read_text()
+    begin = source.index("    if \"responses\" in row and", source.index("def preference_row"))
+    (repo / "data.py").write_text(source[:begin] + box("# data.py, at the top of preference_row, below its docstring") + source[begin:])
+    rows = [{"question": "1+2=", "answers": [{"text": "4", "score": -1}, {"text": "3", "score": 7}, {"text": "5", "score": 0}]}, {"question": "2+2=", "answers": [{}]}]
+    (repo / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["rows.jsonl", "--objective=dpo", "--tokenizer=tasks/arithmetic", f"--cache_dir={repo}/cache"]
+    shown = python(repo, "data.py", *given, "--bad_rows=skip")
+    assert "1 used" in shown and re.search(r"chosen +\[3<eos>\]", shown) and re.search(r"rejected +\[4<eos>\]", shown)
+    failed = subprocess.run([sys.executable, "data.py", *given], cwd=repo, capture_output=True, text=True)
+    assert failed.returncode == 1 and "error: rows.jsonl:2: KeyError: 'score'" in failed.stderr
+
+
+def test_the_reward_in_the_readme_rewards(repo):
+    (repo / "configs" / "brief.py").write_text(box("# configs/brief.py"))
+    python(repo, "train.py", "--config=configs/brief.py", f"--cache_dir={repo}/cache", *TINY_RUN, "--batch_size=8", "--max_new_tokens=8")
+    assert all(line["reward"] <= 1 for line in lines(repo / "out/brief"))
+
+
+def test_the_family_in_the_readme_is_that_of_transformers(repo):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.SeedOssForCausalLM(transformers.SeedOssConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        max_position_embeddings=128)).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.1)
+    theirs.save_pretrained(repo / "folder")
+    torch.save(theirs(torch.arange(20)[None]).logits[0], repo / "logits")
+    source = (repo / "model.py").read_text()
+    after = re.search(r"^NAMES = .+\n", source, re.M).end()
+    (repo / "model.py").write_text(source[:after] + box("# model.py, below FAMILIES and NAMES") + source[after:])
+    python(repo, "-c", "import model, torch, pathlib; ours = model.load(pathlib.Path('folder'))[0].logits(torch.arange(20)); "
+                       "assert (ours - torch.load('logits')).abs().max() < 1e-5")

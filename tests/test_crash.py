@@ -187,6 +187,32 @@ def test_a_full_disk(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.crash
+def test_killed_on_a_full_disk(tmp_path):
+    """Ten kills while there is no room for another checkpoint: those that were whole stay so, and with room the run ends as it should."""
+    more = dict(max_steps=12, save_every=2, keep_checkpoints=100)
+    run(options(tmp_path, "sft", "whole", **more))
+    disk, rng, kills = tmp_path / "disk", random.Random(0), 0
+    if not mounted(disk, "600k"):
+        pytest.skip("no right to mount a small tmpfs")
+    try:
+        given = [*options(tmp_path, "sft", "disk/run", **more), "--resume"]
+        run(given, check=False)
+        newest = whole(disk / "run")
+        while kills < 10:
+            process = start(given)
+            process.join(rng.uniform(0, 1))
+            kills += process.exitcode is None
+            process.kill()
+            process.join()
+            assert whole(disk / "run") >= newest
+        assert mounted(disk, "64m", "remount")
+        run(given)
+        same(tmp_path / "whole", disk / "run")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers that are not finite
 

@@ -205,6 +205,32 @@ def test_margin_at_the_start_in_fp32_with_other_packing(tmp_path, monkeypatch):
     assert abs(lines(tmp_path / "run")[0]["rewards/margins"]) < 1e-3 * 0.1
 
 
+def test_evals_are_of_every_row_once_and_tokens_are_real(tmp_path, monkeypatch):
+    """An eval over micro-batches and ranks is the mean of evals of each row by itself, and is not changed by how steps are logged; tokens
+    of an epoch's steps are those of the rows, prompts once and no padding, and tokens_per_second is of them."""
+    monkeypatch.chdir(ROOT)
+    rows = open(ROOT / ROWS["preference"]).readlines()[:7]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    given = dict(train_data=tmp_path / "rows.jsonl", eval_data=tmp_path / "rows.jsonl", batch_size=3, max_steps=0, micro_batch_tokens=64)
+    run(options(tmp_path, "orpo", log_every=2, **given), ranks=2)
+    run(options(tmp_path, "orpo", "each", **given))
+    (both, last), each = lines(tmp_path / "run"), lines(tmp_path / "each")
+    cfg = config.load(options(tmp_path, "orpo", **given))
+    lengths = data.load(cfg.train_data, "preference", data.Tokenizer(ROOT / "tasks/arithmetic"), cfg, False).lengths
+    assert [line["step"] for line in each] == [1, 2, 3] and sum(line["tokens"] for line in each) == lengths.sum()
+    assert both["tokens_per_second"] * both["seconds"] * 2 == pytest.approx(each[0]["tokens"] + each[1]["tokens"])
+    assert last["tokens_per_second"] * last["seconds"] == pytest.approx(each[2]["tokens"])
+    alone = []
+    for i, row in enumerate(rows):
+        (tmp_path / "one.jsonl").write_text(row)
+        train.train(config.load(options(tmp_path, "orpo", str(i), **{**given, "eval_data": tmp_path / "one.jsonl", "max_steps": 1})))
+        alone.append(lines(tmp_path / str(i), "eval")[0])
+    for key in ("loss", "rewards/chosen", "rewards/margins", "logps/rejected", "nll"):
+        assert lines(tmp_path / "run", "eval")[0][key] == pytest.approx(sum(line[key] for line in alone) / len(rows), rel=1e-12), key
+    described = json.loads((tmp_path / "run" / "run.json").read_text())["rows"]
+    assert described["train"]["used"] == described["eval"]["used"] == 7
+
+
 def test_weighted_objectives_add_up(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     train.train(config.load([*options(tmp_path, "dpo", max_steps=1), "--objective={'dpo': 1.0, 'sft': 0.25}"]))
