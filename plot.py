@@ -1,7 +1,10 @@
-"""metrics.jsonl of one or several runs as a picture: `python plot.py out/sft out/dpo --out=runs.png`. Needs matplotlib.
+"""metrics.jsonl of one or several runs as a picture (needs matplotlib):
 
-A panel for each metric that any of the runs has, in the order of `PANELS`; eval lines are dots on a line, train lines thin, with
-their running mean. `--only=reward,kl` draws these alone.
+  python plot.py out/sft out/dpo --out=runs.png
+
+A panel for each metric that any of the runs has, in the order of PANELS; eval
+lines are dots on a line, train lines thin, with their running mean.
+--only=reward,kl draws these alone.
 """
 import argparse
 import json

@@ -1,7 +1,10 @@
-"""What the model will see of a file: `python data.py FILE --config=configs/dpo.py [--rows=3] [--key=value ...]`.
+"""What the model will see of a file:
 
-A few rows with the tokens that are trained in green (in [brackets] where there are no colours), what was cut or dropped, how long
-rows are, and how they pack. Nothing is trained, and no stage is run.
+  python data.py FILE --config=configs/dpo.py [--rows=3] [--key=value ...]
+
+A few rows with the tokens that are trained in green (in [brackets] where there
+are no colours), what was cut or dropped, how long rows are, and how they pack.
+Nothing is trained, and no stage is run.
 """
 import argparse
 import os

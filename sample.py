@@ -1,15 +1,14 @@
-"""Use a model: any folder that train.py writes (a run, its model/, a checkpoint), or another in Hugging Face layout.
+"""Use a model: any folder that train.py writes (a run, its model/, a
+checkpoint), or another in Hugging Face layout.
 
-    python sample.py generate --model=out/dpo --prompt=7+25+18+9= --temperature=0
-    python sample.py generate --model=out/dpo --data=prompts.jsonl --n=4
-    python sample.py chat --model=path/to/SmolLM2-135M-Instruct --top_p=0.9
-    python sample.py score --model=out/rm --data=rows.jsonl --out=scores.jsonl
-    python sample.py best --model=out/sft --reward=out/rm --data=prompts.jsonl --n=8
-    python sample.py compare --model=out/dpo --other=out/sft --reward=out/rm \\
-        --data=prompts.jsonl
-    python sample.py merge --model=out/dpo --other=out/sft --weight=0.5 --out=FOLDER
-    python sample.py merge --model=out/dpo/checkpoint-100 --save_dtype=bfloat16 \\
-        --out=FOLDER
+  python sample.py generate --model=out/dpo --prompt=7+25+18+9= --temperature=0
+  python sample.py generate --model=out/dpo --data=prompts.jsonl --n=4
+  python sample.py chat --model=path/to/SmolLM2-135M-Instruct --top_p=0.9
+  python sample.py score --model=out/rm --data=rows.jsonl --out=scores.jsonl
+  python sample.py best --model=out/sft --reward=out/rm --data=prompts.jsonl
+  python sample.py compare --model=out/dpo --other=out/sft --data=prompts.jsonl
+  python sample.py merge --model=out/dpo --other=out/sft --out=FOLDER
+  python sample.py merge --model=out/dpo --save_dtype=bfloat16 --out=FOLDER
 
 One JSON object a row, in the input's order. Keys of the config (temperature,
 top_p, max_length, chat_template, device, ...) are options here too.
@@ -85,6 +84,11 @@ def generate(options, cfg):
     return [{"prompt": e.row["prompt"], "answers": mine} for e, mine in zip(trees, texts)]
 
 
+def lines_of(text: str) -> str:
+    """In lines of at most 79 columns, broken between words."""
+    return "\n".join("\n".join(textwrap.wrap(line, 79)) for line in text.split("\n"))
+
+
 def chat(options, cfg):
     """A conversation in the terminal, word by word; without a chat template, each line is a prompt by itself."""
     policy = language_model(options.model, cfg)
@@ -99,19 +103,23 @@ def chat(options, cfg):
         messages.append({"role": "user", "content": said})
         ids, shown = ids_of(messages if tokenizer.chat_template else said, tokenizer), ""
 
-        def watch(row, new):
+        def say(text):
             nonlocal shown
-            text = tokenizer.decode(new).rstrip("\ufffd")  # of a character that is not whole
             print(text[len(shown):], end="", flush=True)
             shown = text
+
+        def watch(row, new):
+            said = tokenizer.decode(new)
+            say(lines_of(said[:max(said.rfind(" "), said.rfind("\n"), 0)]))  # words that are whole
         of_turn = types.SimpleNamespace(**{**vars(cfg), "seed": cfg.seed + turn})
         try:
             (answer,), = answers_to([ids], policy, of_turn, check=1, watch=watch)
-            shown = rollout.written(tokenizer, answer)
+            said = rollout.written(tokenizer, answer)
+            say(lines_of(said))
         except KeyboardInterrupt:
-            pass  # what was said so far stays
+            said = shown  # so far
         print()
-        messages.append({"role": "assistant", "content": shown})
+        messages.append({"role": "assistant", "content": said})
 
 
 def lines(found: list[list], dataset: data.Dataset) -> list[dict]:
@@ -210,7 +218,7 @@ def beside(line: dict) -> str:
     prompt = line["prompt"] if isinstance(line["prompt"], str) else line["prompt"][-1]["content"]
     wrapped = lambda text: [part for line in text.splitlines() for part in textwrap.wrap(line, 38) or [""]]
     rows = [f"{left:38} | {right}".rstrip() for left, right in itertools.zip_longest(*map(wrapped, line["answer"]), fillvalue="")]
-    notes = [f"{key} {a} | {b}" for key, (a, b) in line.items() if key in ("reward", "right")]
+    notes = [f"{key} {line[key][0]:.4g} | {line[key][1]:.4g}" for key in ("reward", "right") if key in line]
     return "\n".join([*textwrap.wrap(prompt[-400:], 79), "-" * 79, *rows, *notes, ""])
 
 

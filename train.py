@@ -244,7 +244,7 @@ def train(cfg):
     first = {} if done else unless_lost(0, evaluated)
     before = [] if done else samples(run)
     last, show = first, next((t.objective.show for t in terms if t.objective.show), None)
-    bar = report.bar(what=out.name, show=machine.rank == 0, total=steps, initial=done, leave=True, delay=0)
+    bar = report.bar(what=out.name[:8], show=machine.rank == 0, total=steps, initial=done, leave=True, delay=0)
     if machine.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     since, since_line, tokens = 0, time.perf_counter(), 0  # of the steps since the last line
@@ -280,8 +280,8 @@ def train(cfg):
             record(line)
             if skipped[1] >= cfg.max_skipped_steps:
                 stop_for(step, dataset, rows)
-            bar.set_postfix({"loss": f"{line['loss']:.4f}", **({show.split("/")[-1]: f"{line[show]:.3f}"} if show in line else {}),
-                             "tok/s": f"{line['tokens_per_second']:,.0f}"})
+            shown = [f"{name.split('/')[-1]} {line[name]:.3f}" for name in ("loss", show) if name in line]
+            bar.set_postfix_str(", ".join([*shown, f"{line['tokens_per_second'] / 1000:.1f}k tok/s"]))
             since, since_line, tokens = 0, time.perf_counter(), 0
         pause = time.perf_counter()
         if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
