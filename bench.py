@@ -672,8 +672,27 @@ class RoundedAdamW(torch.optim.AdamW):
                     narrow.copy_((bits & -2**16).view(torch.float32))
 
 
-def in_precision(how: str, seed: int, steps: int) -> list[tuple]:
-    """(step, loss, exact match) of the evals."""
+class MuonAdamW(torch.optim.AdamW):
+    """Muon (momentum 0.95, updates of AdamW's size) on the matrices of blocks, AdamW on the embedding and the norms."""
+
+    def __init__(self, groups, **options):
+        of_muon = [p for group in groups for p in group["params"] if p.dim() == 2 and min(p.shape) > 16]
+        rest = [{**group, "params": [p for p in group["params"] if all(p is not q for q in of_muon)]} for group in groups]
+        super().__init__([group for group in rest if group["params"]], **options)
+        self.muon = torch.optim.Muon(of_muon, lr=options["lr"], weight_decay=groups[0]["weight_decay"], adjust_lr_fn="match_rms_adamw")
+
+    def step(self):
+        super().step()
+        self.muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        self.muon.step()
+
+    def zero_grad(self):
+        super().zero_grad()
+        self.muon.zero_grad()
+
+
+def in_precision(how: str, seed: int, steps: int) -> tuple[list, float]:
+    """(step, loss, exact match) of the evals, and the median seconds of a step."""
     import train
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -683,20 +702,27 @@ def in_precision(how: str, seed: int, steps: int) -> list[tuple]:
             decoder, saved = load(*given)
             return decoder.to(torch.bfloat16), saved
         model.load_model, torch.optim.AdamW = narrow, lambda groups, **options: RoundedAdamW(groups, **{**options, "fused": False})
-    dtype = "float32" if how == "fp32" else "bfloat16"
+    if "Muon" in how:
+        torch.optim.AdamW = MuonAdamW
+    dtype = "float32" if "fp32" in how and "bf16" not in how else "bfloat16"
     train.train(config.load(["--config", "configs/sft.py", f"--seed={seed}", f"--out_dir={out / 'run'}", f"--dtype={dtype}",
                              "--device=cpu", f"--max_steps={steps}", f"--eval_every={max(1, steps // 4)}", f"--cache_dir={out}"]))
-    return [(line["step"], line["loss"], line["exact_match"]) for line in metrics_of(out / "run") if line["split"] == "eval"]
+    lines = metrics_of(out / "run")
+    return ([(line["step"], line["loss"], line["exact_match"]) for line in lines if line["split"] == "eval"],
+            statistics.median(line["seconds"] for line in lines if line["split"] == "train"))
 
 
 def bench_precision(o):
-    """fp32; bf16 compute over fp32 weights, gradients and moments; all of them bf16."""
-    print("configs/sft.py, eval loss of three seeds along the run, and exact match at its end.\n")
-    print("| weights and compute | step: losses | exact match |\n|---|---|---|")
-    for how in ("fp32", "bf16 over fp32", "bf16, stochastic rounding"):
-        runs = [alone(in_precision, how, seed, o.steps) for seed in range(3)]
+    """fp32; bf16 compute over fp32 weights, gradients and moments; all of them bf16; Muon."""
+    print("configs/sft.py, eval loss of three seeds along the run, exact match at its end, seconds of a step on one core.\n")
+    print("| weights and compute | step: losses | exact match | seconds |\n|---|---|---|---|")
+    for how in ("fp32", "bf16 over fp32", "bf16, stochastic rounding", "fp32, Muon"):
+        if o.only and o.only not in how:
+            continue
+        runs, seconds = zip(*(alone(in_precision, how, seed, o.steps) for seed in range(3)))
         curves = "; ".join(f"{at[0][0]}: " + ", ".join(f"{loss:.3f}" for _, loss, _ in at) for at in zip(*runs))
-        print(f"| {how} | {curves} | {', '.join(f'{found[-1][2]:.3f}' for found in runs)} |", flush=True)
+        right = ", ".join(f"{found[-1][2]:.3f}" for found in runs)
+        print(f"| {how} | {curves} | {right} | {statistics.median(seconds):.3f} |", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import model
+import report
 
 REWARD = ("reward_mean", "reward_std")  # of the eval rows, in the config.json of a reward model
 
@@ -79,18 +80,19 @@ def found(out: Path) -> list[Path]:
 def save(out: Path, step: int, state: State, write_model: Callable, keep: int, config: dict, world: int):
     """write_model(folder, dtype) writes the model; config: the run's, for whoever reads state.json."""
     weights = dict(state.decoder.named_parameters())
+    critic = {n: p.detach().contiguous() for n, p in weights.items() if n.split(".")[0] in model.CRITIC}
+    moments = {f"{n}.{key}": value for n, p in weights.items() for key, value in state.optimizer.state[p].items()}
+    carried = {"step": step, "world_size": world, "scaler": state.scaler.state_dict(), "skipped": state.skipped.tolist(),
+               "running": {name: pair.tolist() for name, pair in state.running.items()}, "config": config,
+               "reward": {k: v for k, v in state.decoder.config.items() if k in REWARD}}
 
     def write(folder):
-        write_model(folder, next(iter(weights.values())).dtype)
-        critic = {n: p.detach().contiguous() for n, p in weights.items() if n.split(".")[0] in model.CRITIC}
-        if critic:
-            save_file(critic, folder / "critic.safetensors")
-        save_file({f"{n}.{key}": value for n, p in weights.items() for key, value in state.optimizer.state[p].items()},
-                  folder / "optimizer.safetensors")
-        write_json(folder / "state.json", {
-            "step": step, "world_size": world, "scaler": state.scaler.state_dict(), "supply": state.supply.save(folder, step),
-            "running": {name: pair.tolist() for name, pair in state.running.items()}, "skipped": state.skipped.tolist(),
-            "reward": {k: v for k, v in state.decoder.config.items() if k in REWARD}, "config": config})
+        parts = [lambda: write_model(folder, next(iter(weights.values())).dtype),
+                 *[lambda: save_file(critic, folder / "critic.safetensors")] * bool(critic),
+                 lambda: save_file(moments, folder / "optimizer.safetensors"),
+                 lambda: write_json(folder / "state.json", {**carried, "supply": state.supply.save(folder, step)})]
+        for part in report.bar(parts, "saving"):
+            part()
     publish(out / f"checkpoint-{step}", write)
     for folder in found(out)[:-keep]:
         folder.rename(folder.with_name(folder.name + ".old"))  # half-removed, it goes by no checkpoint's name

