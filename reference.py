@@ -42,16 +42,18 @@ def reference_source(run) -> dict[str, Callable]:
             for batch in batches:
                 batch["reference_log_probs"] = table[batch["scored_index"]]
         return add
-
-    def live(decoder):
-        def add(batches, epoch):
-            for batch in batches:
-                with torch.no_grad(), run.machine.autocast():
-                    batch["reference_log_probs"] = decoder(batch, ["log_probs"])["log_probs"]
-        return add
     if run.cfg.reference_live:
-        return dict.fromkeys(run.datasets, live(frozen_reference(run)))
+        return live(run, frozen_reference(run), "log_probs", "reference_log_probs")
     return {split: from_table(dataset) for split, dataset in run.datasets.items()}
+
+
+def live(run, decoder, output: str, column: str) -> dict[str, Callable]:
+    """A frozen model that runs in every step."""
+    def add(batches, epoch):
+        for batch in batches:
+            with torch.no_grad(), run.machine.autocast():
+                batch[column] = decoder(batch, [output])[output]
+    return dict.fromkeys(run.datasets, add)
 
 
 def teacher_source(run) -> dict[str, Callable]:
@@ -66,15 +68,8 @@ def teacher_source(run) -> dict[str, Callable]:
         for dataset in run.datasets.values():
             model.check_lengths(decoder, dataset)
         return decoder
-
-    def live(decoder):
-        def add(batches, epoch):
-            for batch in batches:
-                with torch.no_grad(), run.machine.autocast():
-                    batch["teacher_logits"] = decoder(batch, ["logits"])["logits"]
-        return add
     if not cfg.teacher_top_k:
-        return dict.fromkeys(run.datasets, live(load()))
+        return live(run, load(), "logits", "teacher_logits")
     if any(given.get("jsd_beta") == 1 for given in cfg.bound.values()):
         raise ValueError("teacher_top_k with jsd_beta = 1: the reverse KL asks for the teacher's probability of every token "
                          "that the student takes, and only its highest are kept; leave out one of the two")

