@@ -679,7 +679,8 @@ class MuonAdamW(torch.optim.AdamW):
         of_muon = [p for group in groups for p in group["params"] if p.dim() == 2 and min(p.shape) > 16]
         rest = [{**group, "params": [p for p in group["params"] if all(p is not q for q in of_muon)]} for group in groups]
         super().__init__([group for group in rest if group["params"]], **options)
-        self.muon = torch.optim.Muon(of_muon, lr=options["lr"], weight_decay=groups[0]["weight_decay"], adjust_lr_fn="match_rms_adamw")
+        self.muon = torch.optim.Muon(of_muon, lr=options["lr"], weight_decay=groups[0]["weight_decay"],
+                                     adjust_lr_fn="match_rms_adamw")
 
     def step(self):
         super().step()

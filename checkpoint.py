@@ -5,6 +5,7 @@ moments, a critic if there is one, and state.json beside it. Never a pickle.
 """
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,6 @@ from safetensors.torch import load_file, save_file
 
 import model
 import report
-
-REWARD = ("reward_mean", "reward_std")  # of the eval rows, in the config.json of a reward model
 
 
 class State(NamedTuple):
@@ -84,29 +83,41 @@ def save(out: Path, step: int, state: State, write_model: Callable, keep: int, c
     moments = {f"{n}.{key}": value for n, p in weights.items() for key, value in state.optimizer.state[p].items()}
     carried = {"step": step, "world_size": world, "scaler": state.scaler.state_dict(), "skipped": state.skipped.tolist(),
                "running": {name: pair.tolist() for name, pair in state.running.items()}, "config": config,
-               "reward": {k: v for k, v in state.decoder.config.items() if k in REWARD}}
+               "reward": {k: v for k, v in state.decoder.config.items() if k in model.REWARD}}
 
     def write(folder):
-        parts = [lambda: write_model(folder, next(iter(weights.values())).dtype),
-                 *[lambda: save_file(critic, folder / "critic.safetensors")] * bool(critic),
-                 lambda: save_file(moments, folder / "optimizer.safetensors"),
-                 lambda: write_json(folder / "state.json", {**carried, "supply": state.supply.save(folder, step)})]
-        for part in report.bar(parts, "saving"):
-            part()
+        with report.bar(what="saving", total=3) as bar:
+            write_model(folder, next(iter(weights.values())).dtype)
+            bar.update()
+            if critic:
+                save_file(critic, folder / "critic.safetensors")
+            save_file(moments, folder / "optimizer.safetensors")
+            bar.update()
+            write_json(folder / "state.json", {**carried, "supply": state.supply.save(folder, step)})
+            bar.update()
+    if (out / f"checkpoint-{step}").exists():  # of the same state
+        return
+    clear(out)  # the room may be needed
     publish(out / f"checkpoint-{step}", write)
     for folder in found(out)[:-keep]:
         folder.rename(folder.with_name(folder.name + ".old"))  # half-removed, it goes by no checkpoint's name
-    for leftover in [*out.glob("checkpoint-*.old"), *out.glob("checkpoint-*.part")]:
-        shutil.rmtree(leftover)
+    clear(out)
 
 
-def resume(out: Path, state: State, rank: int, barrier: Callable, say: Callable) -> int:
+def clear(out: Path):
+    """Remove what a killed save has left."""
+    for folder in out.glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+\.(old|part)", folder.name):
+            shutil.rmtree(folder)
+
+
+def resume(out: Path, state: State, machine, say: Callable) -> int:
     """Put the newest checkpoint back; metrics past it are dropped. Returns the steps done."""
     folders = found(out)
-    barrier()
+    machine.barrier()
     folder, step = (folders[-1], int(folders[-1].name.removeprefix("checkpoint-"))) if folders else (None, 0)
     say(f"resuming from {folder}" if folder else f"{out} holds no checkpoint: starting from step 0")
-    if rank == 0 and (out / "metrics.jsonl").is_file():
+    if machine.rank == 0 and (out / "metrics.jsonl").is_file():
         lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and step and json.loads(line)["step"] <= step]
         write_text(out / "metrics.jsonl", "".join(kept))
@@ -135,9 +146,10 @@ def resume(out: Path, state: State, rank: int, barrier: Callable, say: Callable)
 
 def read(folder: Path, decoder: model.Decoder) -> list[dict]:
     """Weights, the optimizer's tensors and state.json, or an error that names the file and the way out."""
-    critic = [name for name, _ in decoder.named_parameters() if name.split(".")[0] in model.CRITIC]
-    weights = lambda path: model.read_state(folder, decoder.shape) | (load_file(folder / "critic.safetensors") if critic else {})
-    readers = {"model.safetensors": weights, "optimizer.safetensors": load_file, "state.json": model.read_json}
+    readers = {"model.safetensors": lambda path: model.read_state(folder, decoder.shape), "optimizer.safetensors": load_file,
+               "state.json": model.read_json}
+    if any(name.split(".")[0] in model.CRITIC for name, _ in decoder.named_parameters()):
+        readers["critic.safetensors"] = load_file
     parts, file = [], folder
     try:
         for name, of in readers.items():
@@ -148,8 +160,9 @@ def read(folder: Path, decoder: model.Decoder) -> list[dict]:
             raise ValueError(f"{' and '.join(sorted(missing))} missing")
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{file}: {error}; remove the folder to go on from an older one, or name another --out_dir") from None
+    parts[0] |= parts[3] if len(parts) > 3 else {}
     other = [name for name, p in decoder.named_parameters() if name not in parts[0] or parts[0][name].shape != p.shape]
     if other:
         raise ValueError(f"{folder / 'model.safetensors'}: {other[0]} is not that of this model; another one was trained there, "
                          f"name another --out_dir")
-    return parts
+    return parts[:3]

@@ -127,12 +127,9 @@ CHOICES = {"bad_rewards": ("error", "skip"),
            "bad_rows": ("error", "skip"), "schedule": ("constant", "linear", "cosine"), "device": ("auto", "cpu", "cuda"),
            "dtype": ("auto", "float32", "bfloat16", "float16", "float64"), "compile": (True, False, "auto"),
            "track": ("", "wandb", "tensorboard"), "save_dtype": ("", "float32", "bfloat16", "float16", "float64")}
-AT_LEAST = {"batch_size": 1, "max_length": 2, "log_every": 1, "keep_checkpoints": 1, "max_skipped_steps": 1, "max_new_tokens": 1,
-            "rollout_batch": 1, "samples_per_prompt": 1, "rollout_epochs": 1, "kl_horizon": 1} | dict.fromkeys(
-    ("max_prompt_length", "micro_batch_tokens", "epochs", "max_steps", "lr", "min_lr", "warmup_steps", "weight_decay",
-     "grad_clip", "eval_every", "save_every", "nll_coef", "ld_alpha", "seed", "teacher_top_k", "reward_workers", "reward_timeout",
-     "rollout_prompts", "temperature", "top_k", "top_p", "min_p", "gamma", "lam", "reward_clip", "missing_eos_penalty",
-     "overlong_buffer", "overlong_penalty", "filter_rounds", "kl_coef", "kl_target", "critic_lr", "critic_warmup", "samples"), 0)
+AT_LEAST = {"max_length": 2, "f_divergence": -math.inf} | dict.fromkeys(  # of other numbers: 0
+    ("batch_size", "log_every", "keep_checkpoints", "max_skipped_steps", "max_new_tokens", "rollout_batch", "samples_per_prompt",
+     "rollout_epochs", "kl_horizon"), 1)
 AT_MOST = dict.fromkeys(("top_p", "min_p", "gamma", "lam"), 1)
 TYPES = typing.get_type_hints(Config)
 
@@ -151,8 +148,8 @@ def checked(key: str, value, kind, where: str):
         raise ValueError(f"{where}: {key} = {value!r:.60} is a {type(value).__name__}; expected {names}")
     if key in CHOICES and value not in CHOICES[key]:
         raise ValueError(f"{where}: {key} = {value!r:.60}; expected one of {', '.join(map(repr, CHOICES[key]))}")
-    if key in AT_LEAST and not value >= AT_LEAST[key]:
-        raise ValueError(f"{where}: {key} = {value!r}; expected at least {AT_LEAST[key]}")
+    if key in TYPES and type(value) in (int, float) and not value >= AT_LEAST.get(key, 0):
+        raise ValueError(f"{where}: {key} = {value!r}; expected at least {AT_LEAST.get(key, 0)}")
     if key in AT_MOST and not value <= AT_MOST[key]:
         raise ValueError(f"{where}: {key} = {value!r}; expected at most {AT_MOST[key]}")
     if isinstance(value, float) and not math.isfinite(value):

@@ -235,24 +235,20 @@ class Attention(nn.Module):
         return (rotate(q, *rope), rotate(k, *rope), v) if rope else (q, k, v)
 
 
-class GatedMLP(nn.Module):
+class MLP(nn.Module):
+    """Gated by SiLU; GPT-2's is plain, with a GELU."""
+
     def __init__(self, shape: Shape):
         super().__init__()
-        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
+        self.gated = not shape.gpt2
+        if self.gated:
+            self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
         self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
         self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class MLP(nn.Module):
-    def __init__(self, shape: Shape):
-        super().__init__()
-        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size)
-        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size)
-
-    def forward(self, x):
+        if self.gated:
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
 
 
@@ -263,7 +259,7 @@ class Block(nn.Module):
         super().__init__()
         self.input_layernorm, self.post_attention_layernorm = norm(shape), norm(shape)
         self.self_attn = Attention(shape)
-        self.mlp = MLP(shape) if shape.gpt2 else GatedMLP(shape)
+        self.mlp = MLP(shape)
 
     def before(self, x, rope):
         return self.self_attn.project(self.input_layernorm(x), rope)
@@ -514,6 +510,7 @@ def read_weights(folder: Path, names_only: bool = False) -> dict[str, Tensor | N
     return state
 
 
+REWARD = ("reward_mean", "reward_std")  # of the eval rows, in the config.json of a reward model
 NEW = {"score", "values"}  # heads that a model may start without
 SCORES = re.compile(r"^(v_head\.summary|value_head(\.summary)?|classifier)\.")  # other names of a score head
 
@@ -533,7 +530,7 @@ def load(folder: Path, heads: dict[str, int] = LANGUAGE, seed: int = 0) -> tuple
     """A model in fp32 (master weights; fp64 stays) with these heads, and the dtype its folder has. Every tensor is accounted
     for: heads that are not asked for are left out, and a score head that is not there is new (by seed)."""
     config = read_json(folder / "config.json")
-    for said in ("reward_mean", "reward_std", "step_token", "reward_tokens"):  # of the folder's own rows: not the next model's
+    for said in (*REWARD, "step_token", "reward_tokens"):  # of the folder's own rows: not the next model's
         config.pop(said, None)
     with torch.device("meta"):
         decoder = Decoder(config, str(folder / "config.json"), heads)

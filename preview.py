@@ -7,6 +7,7 @@ are no colours), what was cut or dropped, how long rows are, and how they pack.
 Nothing is trained, and no stage is run.
 """
 import argparse
+import itertools
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ import model
 
 GREEN, RED, FAINT = "1;32", "1;31", "2"
 LONG = 240  # tokens that are shown of a text
+WIDTH = 62  # columns for it
 
 
 def paint(text: str, code: str) -> str:
@@ -57,17 +59,17 @@ def marked(ids: np.ndarray, scored: np.ndarray, labels: np.ndarray | None, token
 
 def flow(label: str, runs: list[tuple], said: str) -> str:
     """Coloured runs of text behind a label, in lines of at most 79 columns; a line's end in the text is an arrow."""
-    lines, room = [f"  {label:12}"], 65
+    lines, room = [f"  {label:12}"], WIDTH
     for text, code in [*runs, (f"  {said}", "")]:
         painted = []
         for word in re.findall(r"\n|[^\s]+[^\S\n]*|[^\S\n]+", text.replace("\n", "\u21b5\n")):
-            if len(word.rstrip()) > room and room < 65 and word != "\n":
+            if len(word.rstrip()) > room and room < WIDTH and word != "\n":
                 lines[-1] += paint("".join(painted), code)
-                painted, room = [], 65
+                painted, room = [], WIDTH
                 lines.append(" " * 14)
             if word == "\n":
                 lines[-1] += paint("".join(painted), code)
-                painted, room = [], 65
+                painted, room = [], WIDTH
                 lines.append(" " * 14)
             else:
                 painted.append(word)
@@ -110,15 +112,16 @@ def packing(dataset: data.Dataset, longest: np.ndarray, cfg) -> str:
 
 
 def main(arguments: list[str]):
-    parser = argparse.ArgumentParser(description=__doc__, prog="data.py", formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", metavar="FILE", help="rows; default: the config's train_data")
-    parser.add_argument("--config", default="", help="config file: its objective says which kind of rows they are")
+    parser = argparse.ArgumentParser(
+        description=__doc__, prog="data.py [FILE ...]", formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Other options are those of train.py: --config, --objective, --max_length ...")
     parser.add_argument("--rows", type=int, default=3, help="how many rows are shown")
-    options, rest = parser.parse_known_args(arguments)
+    files = [*itertools.takewhile(lambda word: not word.startswith("-"), arguments)]
+    options, rest = parser.parse_known_args(arguments[len(files):])
     try:
-        cfg = config.load([*[f"--config={options.config}"] * bool(options.config), *rest])
+        cfg = config.load(rest)
         kind, tokenizer = config.data_kind(cfg), tokenizer_of(cfg)
-        dataset = data.load(options.files or cfg.train_data, kind, tokenizer, cfg)
+        dataset = data.load(files or cfg.train_data, kind, tokenizer, cfg)
     except ValueError as error:
         sys.exit(f"error: {error}")
     counts, examples = dataset.counts, dataset.examples

@@ -71,12 +71,21 @@ TRACKERS = {"wandb": by_wandb, "tensorboard": by_tensorboard}
 # The end
 
 
-def summary(out: Path, first: dict, last: dict, shown: list[str], before: list[tuple], after: list[tuple], use: str) -> str:
-    """What was learned, samples (prompt, answer) of before and after, where the model is and what to do with it."""
-    lines, names = [f"{out}: before -> after"], [name for name in shown if name in first and name in last]
+def first_eval(out: Path) -> dict:
+    """The eval line of step 0, for a run that goes on."""
+    lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").is_file() else []
+    return next((line for line in map(json.loads, lines[:1]) if line["split"] == "eval" and line["step"] == 0), {})
+
+
+def summary(out: Path, first: dict, last: dict, shown: tuple, before: list[tuple], after: list[tuple], use: str) -> str:
+    """What was learned, samples (prompt, answer) of before (where they were taken) and after, where the model is and what to do
+    with it."""
+    names = [name for name in dict.fromkeys(shown) if first.get(name) is not None and last.get(name) is not None]
+    lines = [f"{out}: before -> after" if names else f"{out}: done"]
     lines += [f"  {name:20} {first[name]:.4g} -> {last[name]:.4g}" for name in names]
-    for (prompt, old), (_, new) in zip(before, after):
-        lines += ["", *wrapped("  prompt  ", prompt[-150:]), *wrapped("  before  ", old), *wrapped("  after   ", new)]
+    for i, (prompt, new) in enumerate(after):
+        lines += ["", *wrapped("  prompt  ", prompt[-150:])] + (wrapped("  before  ", before[i][1]) if before else [])
+        lines += wrapped("  after   " if before else "  answer  ", new)
     return "\n".join([*lines, "", f"  model   {out / 'model'}", f"  try     {use}", f"  picture python plot.py {out}"])
 
 

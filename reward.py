@@ -180,7 +180,8 @@ class Scorer:
             kind = "ForSequenceClassification"
         self.stream, self.say = SAY["ForTokenClassification" if self.cfg.reward_tokens else kind]
         self.tokenizer = data.Tokenizer(folder, cfg.chat_template)
-        self.decoder = model.load_model(self.cfg, self.machine, name, self.tokenizer, [self.stream])[0].requires_grad_(False)
+        self.decoder, self.saved_dtype = model.load_model(self.cfg, self.machine, name, self.tokenizer, [self.stream])
+        self.decoder.requires_grad_(False)
         self.tokens = 0  # of a stream: the most there were so far, so that compiled shapes are few
 
     def scores(self, dataset: data.Dataset) -> list[dict]:

@@ -14,10 +14,11 @@ One JSON object a row, in the input's order. Keys of the config (temperature,
 top_p, max_length, chat_template, device, ...) are options here too.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import math
-import shutil
+import re
 import sys
 import textwrap
 import types
@@ -26,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 import checkpoint
 import config
@@ -84,9 +84,15 @@ def generate(options, cfg):
     return [{"prompt": e.row["prompt"], "answers": mine} for e, mine in zip(trees, texts)]
 
 
-def lines_of(text: str) -> str:
-    """In lines of at most 79 columns, broken between words."""
-    return "\n".join("\n".join(textwrap.wrap(line, 79)) for line in text.split("\n"))
+def typed(text: str, column: int) -> int:
+    """Words to the terminal, broken between them at 79 columns. Returns where they end."""
+    for word in re.findall(r"\n|[^\s]+|[^\S\n]+", text):
+        if column and column + len(word) > 79:
+            print()
+            column, word = 0, word.lstrip(" ")
+        print(word, end="", flush=True)
+        column = 0 if word == "\n" else column + len(word)
+    return column
 
 
 def chat(options, cfg):
@@ -97,28 +103,22 @@ def chat(options, cfg):
     print(f"{options.model}: Ctrl-C stops an answer, Ctrl-D ends.{memory}", file=sys.stderr)
     for turn in itertools.count():
         try:
-            said = input("\n> ")
+            asked = input("\n> ")
         except (EOFError, KeyboardInterrupt):
             return print(file=sys.stderr)
-        messages.append({"role": "user", "content": said})
-        ids, shown = ids_of(messages if tokenizer.chat_template else said, tokenizer), ""
-
-        def say(text):
-            nonlocal shown
-            print(text[len(shown):], end="", flush=True)
-            shown = text
+        messages.append({"role": "user", "content": asked})
+        ids, said, shown, column = ids_of(messages if tokenizer.chat_template else asked, tokenizer), "", 0, 0
 
         def watch(row, new):
-            said = tokenizer.decode(new)
-            say(lines_of(said[:max(said.rfind(" "), said.rfind("\n"), 0)]))  # words that are whole
-        of_turn = types.SimpleNamespace(**{**vars(cfg), "seed": cfg.seed + turn})
-        try:
+            nonlocal said, shown, column
+            said = tokenizer.decode(new).rstrip("\ufffd")  # of a character that is not whole
+            whole = max(said.rfind(" ") + 1, said.rfind("\n") + 1, len(said) - 15, shown)  # words, or what has none
+            column, shown = typed(said[shown:whole], column), whole
+        with contextlib.suppress(KeyboardInterrupt):  # what was said so far stays
+            of_turn = types.SimpleNamespace(**{**vars(cfg), "seed": cfg.seed + turn})
             (answer,), = answers_to([ids], policy, of_turn, check=1, watch=watch)
             said = rollout.written(tokenizer, answer)
-            say(lines_of(said))
-        except KeyboardInterrupt:
-            said = shown  # so far
-        print()
+        typed(said[shown:] + "\n", column)
         messages.append({"role": "assistant", "content": said})
 
 
@@ -167,16 +167,24 @@ def report_steps(found: list[list], dataset: data.Dataset):
           f"without pass; F1 {2 * wrong * right / max(wrong + right, 1e-9):.4f}", file=sys.stderr)
 
 
+def judged(options, policy: reward.Scorer, scorer, check, cfg) -> list[dict]:
+    """Of each prompt its answers, their rewards (where there is a scorer), and whether they are right (where there is a check)."""
+    trees, texts = answered(options, policy, cfg)
+    said = [{"prompt": e.row["prompt"], "answers": mine} for e, mine in zip(trees, texts)]
+    for line, rewards in zip(said, reward.by_model(scorer, policy.tokenizer)(trees, texts) if scorer else ()):
+        line["rewards"] = rewards
+    for line, e in zip(said, trees if check else ()):
+        line["right"] = [bool(check(line["prompt"], text, e.row)) for text in line["answers"]]
+    return said
+
+
 def best(options, cfg):
     """Best of n: sampled answers ranked by a reward model, or by the lowest step of a process reward model."""
-    scorer, policy, check, said = opened(options.reward, cfg), language_model(options.model, cfg), check_of(options), []
-    trees, written = answered(options, policy, cfg)
-    for e, texts, rewards in zip(trees, written, reward.by_model(scorer, policy.tokenizer)(trees, written)):
-        line = {"prompt": e.row["prompt"], "best": texts[rewards.index(max(rewards))], "answers": texts, "rewards": rewards}
-        if check:
-            right = [bool(check(e.row["prompt"], text, e.row)) for text in texts]
-            line |= {"right": right, "best_right": right[rewards.index(max(rewards))]}
-        said.append(line)
+    scorer, check = opened(options.reward, cfg), check_of(options)
+    said = judged(options, language_model(options.model, cfg), scorer, check, cfg)
+    for line in said:
+        first = line["rewards"].index(max(line["rewards"]))
+        line |= {"best": line["answers"][first], **({"best_right": line["right"][first]} if check else {})}
     if check:
         each = [r for line in said for r in line["right"]]
         share = lambda right: sum(right) / len(said)
@@ -191,67 +199,47 @@ def check_of(options):
 
 def compare(options, cfg):
     """The answers of two models to the same prompts, and which of them a reward model likes better, or which are right."""
-    sides, check = [], check_of(options)
-    scorer = opened(options.reward, cfg) if options.reward else None
-    for name in (options.model, options.other):
-        policy = language_model(name, cfg)
-        trees, texts = answered(options, policy, cfg)
-        values = {"answer": [mine[0] for mine in texts]}
-        if scorer:
-            values["reward"] = [mine[0] for mine in reward.by_model(scorer, policy.tokenizer)(trees, texts)]
-        if check:
-            values["right"] = [bool(check(e.row["prompt"], mine[0], e.row)) for e, mine in zip(trees, texts)]
-        sides.append(values)
-    one, other = sides
-    for key, verb in (("reward", "is liked better"), ("right", "is right and the other is not")):
-        if key in one:
-            points = [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(one[key], other[key])]
+    scorer, check = opened(options.reward, cfg) if options.reward else None, check_of(options)
+    one, other = (judged(options, language_model(name, cfg), scorer, check, cfg) for name in (options.model, options.other))
+    both = [{key: a[key] if key == "prompt" else [a[key][0], b[key][0]] for key in a} for a, b in zip(one, other)]
+    for key, verb in (("rewards", "is liked better"), ("right", "is right and the other is not")):
+        points = [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in (line[key] for line in both if key in line)]
+        if points:
             rate = sum(points) / len(points)
             error = 1.96 * math.sqrt(sum((p - rate) ** 2 for p in points) / len(points) / max(len(points) - 1, 1))
             print(f"{options.model} {verb} in {points.count(1)} of {len(points)}, {options.other} in {points.count(0)}, "
                   f"ties {points.count(0.5)}: win rate {rate:.3f} +- {error:.3f} (95 %)", file=sys.stderr)
-    return [{"prompt": e.row["prompt"], **{key: [one[key][i], other[key][i]] for key in one}} for i, e in enumerate(trees)]
+    return both
 
 
 def beside(line: dict) -> str:
     """What compare says of a prompt, in two columns."""
     prompt = line["prompt"] if isinstance(line["prompt"], str) else line["prompt"][-1]["content"]
     wrapped = lambda text: [part for line in text.splitlines() for part in textwrap.wrap(line, 38) or [""]]
-    rows = [f"{left:38} | {right}".rstrip() for left, right in itertools.zip_longest(*map(wrapped, line["answer"]), fillvalue="")]
-    notes = [f"{key} {line[key][0]:.4g} | {line[key][1]:.4g}" for key in ("reward", "right") if key in line]
+    rows = [f"{left:38} | {right}".rstrip() for left, right in itertools.zip_longest(*map(wrapped, line["answers"]), fillvalue="")]
+    notes = [f"{key} {line[key][0]:.4g} | {line[key][1]:.4g}" for key in ("rewards", "right") if key in line]
     return "\n".join([*textwrap.wrap(prompt[-400:], 79), "-" * 79, *rows, *notes, ""])
-
-
-NOT_OF_A_MODEL = ("model.safetensors.index.json", "state.json")
 
 
 def merge(options, cfg):
     """A folder with the mean of two models' weights, tensor by tensor (model soups, arXiv:2203.05482), --weight of it the first
     one's; without --other, a copy, in another dtype if that is asked for."""
-    folder, out = model.find_folder(options.model), Path(options.out)
+    out, one = Path(options.out), opened(options.model, cfg)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out={options.out} is there already; name another folder")
-    tensors = model.read_weights(folder)
     if options.other:
-        others = model.read_weights(model.find_folder(options.other))
-        shapes = lambda tensors: {name: tuple(t.shape) for name, t in tensors.items()}
-        for name, *_ in sorted(set(shapes(tensors).items()) ^ set(shapes(others).items())):
-            raise ValueError(f"{name} differs in {options.model} and {options.other}; a mean needs two models of one shape")
-        data.Tokenizer(folder).same_ids(data.Tokenizer(model.find_folder(options.other)))
-        mean = lambda name, t: torch.lerp(others[name].double(), t.double(), options.weight).to(t.dtype)
-        tensors = {name: mean(name, t) for name, t in tensors.items()}
-    dtype = getattr(torch, cfg.save_dtype) if cfg.save_dtype else next(iter(tensors.values())).dtype
-
-    def write(part):
-        save_file({name: t.to(dtype).contiguous() for name, t in tensors.items()}, part / "model.safetensors", {"format": "pt"})
-        for file in folder.iterdir():
-            if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in NOT_OF_A_MODEL:
-                shutil.copyfile(file, part / file.name)
-        described = {**model.read_json(folder / "config.json"), "torch_dtype": str(dtype).removeprefix("torch.")}
-        described.pop("dtype", None)
-        checkpoint.write_json(part / "config.json", described)
+        other = opened(options.other, cfg)
+        one.tokenizer.same_ids(other.tokenizer)
+        if (one.decoder.shape, one.stream) != (other.decoder.shape, other.stream):
+            raise ValueError(f"{options.model} and {options.other} differ in more than their weights: {one.decoder.shape}, "
+                             f"{one.stream} and {other.decoder.shape}, {other.stream}")
+        for mine, theirs in zip(one.decoder.parameters(), other.decoder.parameters(), strict=True):
+            mine.lerp_(theirs, 1 - options.weight)
+    else:
+        one.decoder.config |= {key: one.described[key] for key in model.REWARD if key in one.described}
+    dtype = getattr(torch, cfg.save_dtype) if cfg.save_dtype else one.saved_dtype
     out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.publish(out, write)
+    checkpoint.publish(out, lambda folder: model.save(one.decoder, folder, dtype, one.tokenizer.folder))
     print(out, file=sys.stderr)
 
 

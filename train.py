@@ -172,8 +172,8 @@ def train(cfg):
     skipped = torch.zeros(2, device=machine.device)  # steps that were not finite: all of them, and those in a row up to now
     steps = cfg.max_steps or math.ceil(cfg.epochs * supply.per_epoch)
     state = checkpoint.State(decoder, optimizer, scaler, running, skipped, supply)
-    done = checkpoint.resume(out, state, machine.rank, machine.barrier, say) if cfg.resume else 0
-    write_model = model_writer(run)
+    done = checkpoint.resume(out, state, machine, say) if cfg.resume else 0
+    write_model = model_writer(run) if machine.rank == 0 else None
 
     def save(step: int):
         if machine.rank == 0:
@@ -239,9 +239,9 @@ def train(cfg):
     record = lambda line: None
     if machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(out / "run.json", {**described, "finished": False})
         record = report.recorder(out, cfg.track, config.as_json(cfg))
-    first = {} if done else unless_lost(0, evaluated)
+        checkpoint.write_json(out / "run.json", {**described, "finished": False})
+    first = report.first_eval(out) if done else unless_lost(0, evaluated)
     before = [] if done else samples(run)
     last, show = first, next((t.objective.show for t in terms if t.objective.show), None)
     bar = report.bar(what=out.name[:8], show=machine.rank == 0, total=steps, initial=done, leave=True, delay=0)
@@ -302,7 +302,7 @@ def train(cfg):
         dtype = getattr(torch, cfg.save_dtype) if cfg.save_dtype else run.saved_dtype
         checkpoint.publish(out / "model", lambda folder: write_model(folder, dtype))
         checkpoint.write_json(out / "run.json", {**described, "finished": True})
-        say(report.summary(out, first, last, ["loss", show, "exact_match", "reward"], before, samples(run), use_of(run)))
+        say(report.summary(out, first, last, ("loss", show, "exact_match", "reward"), before, samples(run), use_of(run)))
     machine.barrier()
     if machine.any(bool(told)):  # in the last step: it is done, what would follow is not
         raise SystemExit(128 + (told[0] if told else signal.SIGTERM))
@@ -498,8 +498,9 @@ def judge(run: Run, rewards: Callable | None) -> dict[str, float]:
     """Greedy answers to prompts: the share that passes cfg.check, and their mean reward."""
     cfg, machine, found = run.cfg, run.machine, {}
     mine = run.prompts.examples[machine.rank::machine.world]
-    answers = rollout.answers_to([e.prompt.tolist() for e in mine], run.decoder, run.tokenizer, cfg,
-                                 show="answers" if machine.rank == 0 else "")
+    with machine.autocast():
+        answers = rollout.answers_to([e.prompt.tolist() for e in mine], run.decoder, run.tokenizer, cfg,
+                                     show="answers" if machine.rank == 0 else "")
     texts = [rollout.written(run.tokenizer, answer) for (answer,) in answers]
     if cfg.check:
         found["exact_match"] = [cfg.check(e.row["prompt"], text, e.row) for e, text in zip(mine, texts)]
@@ -518,7 +519,8 @@ def samples(run: Run) -> list[tuple[str, str]]:
     prompts = [e.prompt.tolist() for e in run.questions().examples[:run.cfg.samples]]
     brief = types.SimpleNamespace(**{**vars(run.cfg), "max_new_tokens": min(run.cfg.max_new_tokens, 64)})
     try:
-        answers = rollout.answers_to(prompts, run.decoder, run.tokenizer, brief)
+        with run.machine.autocast():
+            answers = rollout.answers_to(prompts, run.decoder, run.tokenizer, brief)
     except ValueError:  # it has diverged, and the loop will say so
         return []
     return [(run.tokenizer.decode(ids), rollout.written(run.tokenizer, answer)) for ids, (answer,) in zip(prompts, answers)]
@@ -541,7 +543,7 @@ def write_predictions(out: Path, scores: torch.Tensor, predicted: list[str], dec
     """(pairs, readings) of the eval rows, in their order, and their mean and deviation for the model's config.json."""
     if not predicted:
         return
-    decoder.config |= dict(zip(checkpoint.REWARD, (scores.mean().item(), scores.std(correction=0).item())))
+    decoder.config |= dict(zip(model.REWARD, (scores.mean().item(), scores.std(correction=0).item())))
     if machine.rank == 0:
         keys = [losses.PREDICTED[name] for name in predicted]
         lines = [json.dumps(dict(zip(keys, row))) + "\n" for row in scores.tolist()]

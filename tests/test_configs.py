@@ -58,11 +58,13 @@ def test_config_runs_two_steps(name, tmp_path, monkeypatch):
     assert [line["step"] for line in lines(tmp_path / "out")] == [1, 2]
 
 
-@pytest.mark.parametrize("configs", [REAL, [name for name in CONFIGS if name not in REAL]])
-def test_every_objective_has_a_config(configs):
-    """One on arithmetic and one on a real model."""
-    assert {*losses.OBJECTIVES} == {name for path in configs for name in of(path).weights}
-    assert all(f"--config {path}" in (ROOT / path).read_text() for path in configs)  # the command is there
+def test_every_objective_has_its_configs():
+    """One on arithmetic, and those that are documented one on a real model, too; the command is in each of these."""
+    documented = {name: (ROOT / name).read_text() for name in CONFIGS if (ROOT / name).read_text().startswith('"""')}
+    assert all(f"--config {name}" in text for name, text in documented.items())
+    trained = lambda names: {objective for name in names for objective in of(name).weights}
+    assert {*losses.OBJECTIVES} == trained(name for name in CONFIGS if name not in REAL)
+    assert trained(documented.keys() - {*REAL}) == trained(REAL)
 
 
 def test_the_demo_learns(tmp_path):
@@ -129,7 +131,7 @@ def test_the_format_in_the_readme_is_read(repo):
 def test_the_reward_in_the_readme_rewards(repo):
     (repo / "configs" / "brief.py").write_text(box("# configs/brief.py"))
     python(repo, "train.py", "--config=configs/brief.py", f"--cache_dir={repo}/cache", *TINY_RUN, "--batch_size=8", "--max_new_tokens=8")
-    assert all(line["reward"] <= 1 for line in lines(repo / "out/brief"))
+    assert lines(repo / "out/brief") and all(line["reward"] < 0 for line in lines(repo / "out/brief"))  # nothing is right, and nothing free
 
 
 def test_the_family_in_the_readme_is_that_of_transformers(repo):

@@ -31,8 +31,10 @@ def whole(out: Path) -> int:
     newest = 0
     for folder in checkpoint.found(out):
         state = json.loads((folder / "state.json").read_text())
-        parts = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
-        assert all(t.isfinite().all() for part in parts for t in part.values())
+        labels = json.loads((folder / "config.json").read_text()).get("id2label", {})
+        model.load(folder, {"score": len(labels)} if labels else {"lm_head": 0})
+        parts = [load_file(file) for file in folder.glob("*.safetensors")]  # model, optimizer, and critic and rollout where there is one
+        assert len(parts) >= 2 and all(t.isfinite().all() for part in parts for t in part.values() if t.is_floating_point())
         newest = state["step"]
         assert folder.name == f"checkpoint-{newest}"
     return newest

@@ -305,6 +305,15 @@ def test_chat_is_a_conversation(smollm2, monkeypatch, capsys):
     first, second = capsys.readouterr().out.strip().splitlines()
     assert "Paris" in first and "Rome" in second
 
+    def interrupted(*given, watch, **more):
+        watch(0, sample.data.Tokenizer(smollm2).fast.encode("It is in the").ids)
+        raise KeyboardInterrupt
+    heard, answers_to = [], sample.answers_to
+    monkeypatch.setattr(sample, "answers_to", lambda ids, *given, **more: interrupted(**more) if not heard.append(ids) and len(heard) == 1 else answers_to(ids, *given, **more))
+    said = iter(["Where is Rome?", "Go on."])
+    sample.main(["chat", f"--model={smollm2}", "--temperature=0", "--max_new_tokens=4", "--device=cpu"])
+    assert "It is in the" in sample.data.Tokenizer(smollm2).fast.decode(heard[1][0], skip_special_tokens=False)  # it stays in the conversation
+
 
 def test_runs_are_drawn(language_run, reward_run, tmp_path, capsys):
     """A PNG of whatever metrics there are, of a run that is still being written too; clear errors."""
@@ -318,3 +327,73 @@ def test_runs_are_drawn(language_run, reward_run, tmp_path, capsys):
         plot.main([str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="none of nothing is in"):
         plot.main([str(language_run), "--only=nothing"])
+
+
+def test_two_models_are_compared(language_run, reward_run, tmp_path, monkeypatch, capsys):
+    """Answers of both in the rows' order, rewards as of `best`, the win rate counts ties half; against itself every prompt is a tie."""
+    monkeypatch.chdir(ROOT)
+    train.train(config.load(options(tmp_path, "sft", "other", max_steps=1, seed=7, dtype="float32", scratch={**SMALL, "initializer_range": 0.3})))
+    (tmp_path / "check.py").write_text("def check(prompt, completion, row):\n    return completion < '5'\n")
+    given = ["compare", f"--model={language_run}", f"--reward={reward_run}", f"--check={tmp_path / 'check.py'}", "--max_new_tokens=5",
+             "--data=tasks/arithmetic/problems_eval.jsonl", "--device=cpu"]
+    sample.main([*given, f"--other={language_run}", f"--out={tmp_path / 'same.jsonl'}"])
+    assert "ties 500: win rate 0.500 +- 0.000" in capsys.readouterr().err
+    sample.main([*given, f"--other={tmp_path / 'other'}", f"--out={tmp_path / 'both.jsonl'}"])
+    said, found = capsys.readouterr().err, [json.loads(line) for line in open(tmp_path / "both.jsonl")]
+    for key, verb in (("rewards", "is liked better"), ("right", "is right and the other is not")):
+        won, lost = (sum(sign * (a - b) > 0 for a, b in (row[key] for row in found)) for sign in (1, -1))
+        points = [1.0] * won + [0.0] * lost + [0.5] * (500 - won - lost)
+        assert won and lost and f"{language_run} {verb} in {won} of 500, {tmp_path / 'other'} in {lost}," in said
+        assert f"win rate {np.mean(points):.3f} +- {1.96 * np.std(points, ddof=1) / 500**0.5:.3f}" in said
+    assert all(row["right"] == [text < "5" for text in row["answers"]] for row in found)
+    shown = sample.beside(found[0])
+    assert all(len(line) < 80 for line in shown.splitlines()) and found[0]["prompt"] in shown and found[0]["answers"][0].split()[0] in shown
+
+
+def test_merged_weights_are_the_mean(tmp_path, monkeypatch):
+    """Tensor by tensor; GPT-2 with a head of its own; a copy is the same model; what does not fit is refused."""
+    monkeypatch.chdir(ROOT)
+    gpt2 = dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=128)
+    for seed in (0, 1):
+        train.train(config.load(options(tmp_path, "rm", str(seed), seed=seed, max_steps=1, scratch=gpt2, save_dtype="float32", eval_data=ROWS["preference"])))
+    train.train(config.load(options(tmp_path, "sft", "language", max_steps=1)))
+    merge = lambda out, *more: sample.main(["merge", f"--model={tmp_path / '0'}", f"--out={tmp_path / out}", "--device=cpu", *more])
+    merge("soup", f"--other={tmp_path / '1'}", "--weight=0.25")
+    merge("copy")
+    merge("narrow", "--save_dtype=bfloat16")
+    one, other, soup, copy, narrow = (load_file(tmp_path / name / "model.safetensors") for name in ("0/model", "1/model", "soup", "copy", "narrow"))
+    for name in one:
+        assert torch.allclose(soup[name], 0.25 * one[name] + 0.75 * other[name], atol=1e-7) and torch.equal(copy[name], one[name])
+        assert torch.equal(narrow[name], one[name].bfloat16())
+    described = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("0/model", "copy", "soup")]
+    assert described[0] == described[1] and "reward_mean" in described[0] and "reward_mean" not in described[2]
+    for message, more in (("is there already", ("copy",)), ("differ in more than their weights", ("bad", f"--other={tmp_path / 'language'}"))):
+        with pytest.raises(SystemExit, match=message):
+            merge(*more)
+
+
+@pytest.mark.parametrize("name, family", [("sft", "llama"), ("sft", "gpt2"), ("rm", "llama"), ("prm", "gpt2"), ("value", "llama")])
+def test_a_checkpoint_is_a_model_folder(name, family, tmp_path, monkeypatch, capsys):
+    """The last checkpoint holds what model/ holds, and sample.py uses the one as the other."""
+    monkeypatch.chdir(ROOT)
+    scratch = SMALL if family == "llama" else dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=128)
+    train.train(config.load(options(tmp_path, name, scratch=scratch, max_steps=2, save_every=2, dtype="float32", save_dtype="float32")))
+    whole, part = (load_file(tmp_path / "run" / folder / "model.safetensors") for folder in ("model", "checkpoint-2"))
+    assert whole.keys() == part.keys() and all(torch.equal(whole[key], part[key]) for key in whole)
+    what = ["generate", "--prompt=1+2+3+4=", "--temperature=0", "--max_new_tokens=4"] if name in ("sft", "value") else [
+        "score", f"--data={ROWS['prm' if name == 'prm' else 'preference']}"]
+    capsys.readouterr()
+    for folder in ("model", "checkpoint-2"):
+        sample.main([*what, f"--model={tmp_path / 'run' / folder}", "--device=cpu"])
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) >= 2 and said[:len(said) // 2] == said[len(said) // 2:]
+
+
+def test_words_are_typed_in_lines(capsys):
+    text = "\n".join(" ".join("abcdefg"[:1 + i * j % 7] for i in range(60)) for j in range(1, 6)) + "\n\n    code(x)\n" + "x" * 200
+    column = 0
+    for begin in range(0, len(text), 7):
+        column = sample.typed(text[begin:begin + 7], column)
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 79 and "\n    code(x)\n" in said
+    assert "".join(said.split()) == "".join(text.split())

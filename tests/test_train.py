@@ -113,6 +113,15 @@ def test_micro_batches_and_ranks_do_not_matter(name, batch_size, tmp_path, monke
     assert after[shown] != before[shown]  # it did train
 
 
+def test_torchrun(tmp_path):
+    """Ranks that torchrun has started end as they should, after the same run."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *options(tmp_path, "dpo", "torchrun")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    run(options(tmp_path, "dpo", "forked"), ranks=2)
+    assert_close(weights(tmp_path / "torchrun" / "model"), weights(tmp_path / "forked" / "model"), 1e-12)
+
+
 def test_rows_couple_across_ranks_of_one_micro_batch_each(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     for out, tokens, ranks in (("large", 4096, 1), ("ranks", 512, 2)):
@@ -139,11 +148,14 @@ def test_first_gradient_in_fp32(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, compiled, ranks, dtype", [
     ("sft", False, 1, "float32"), ("dpo", False, 1, "float32"), ("dpo", False, 2, "float32"), ("bco_pair", False, 2, "float64"),
     ("aot", False, 2, "float32"), ("dpo", True, 1, "float32"), ("rm", False, 1, "float32"), ("kto", False, 2, "float32"),
-    ("prm", False, 1, "float32"), ("kd", False, 1, "float32")])  # of kd with top logits: test_distillation
+    ("prm", False, 1, "float32"), ("kd", False, 1, "float32"), ("dpo-gpt2", False, 1, "float32"), ("prm-gpt2", False, 1, "float64"),
+    ("value-gpt2", False, 1, "float64")])  # of kd with top logits: test_distillation
 def test_resume_is_bitwise(name, compiled, ranks, dtype, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("RANK", raising=False)
+    name, _, family = name.partition("-")
     more = dict(dtype=dtype, save_dtype=dtype, compile=compiled, save_every=2, micro_batch_tokens=384 if compiled else 128)
+    more |= {"scratch": dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=128)} if family else {}
     go = (lambda arguments, ranks: train.train(config.load(arguments))) if ranks == 1 else run
     go(options(tmp_path, name, "whole", **more), ranks)
     go(options(tmp_path, name, "parts", **{**more, "max_steps": 2}), ranks)

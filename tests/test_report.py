@@ -1,0 +1,111 @@
+"""What a run says and what a file looks like: the summary, trackers, the preview."""
+import json
+import sys
+import types
+
+import pytest
+
+import config
+import data
+import preview
+import report
+import train
+from conftest import ROOT
+from test_train import ROWS, lines, options
+
+CHECK = "def check(prompt, completion, row):\n    return True\n"
+
+
+def told(capsys, *arguments) -> str:
+    train.train(config.load([*arguments]))
+    return capsys.readouterr().out
+
+
+def test_the_summary_says_what_was_learned(tmp_path, monkeypatch, capsys):
+    """First and last eval, each metric once; answers before and after; after --resume too; nothing where nothing was evaluated."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "check.py").write_text(CHECK)
+    given = dict(config=tmp_path / "check.py", eval_data=ROWS["preference"], eval_prompts=ROWS["prompts"], max_new_tokens=4, samples=2, save_every=2)
+    said = told(capsys, *options(tmp_path, "dpo", **given))
+    first, last = lines(tmp_path / "run", "eval")
+    assert f"loss {first['loss']:.4g} -> {last['loss']:.4g}" in " ".join(said.split()) and said.count("exact_match") == 1
+    assert said.count("  prompt  ") == said.count("  before  ") == said.count("  after  ") == 2 and "generate --model=" in said
+    assert all(len(line) < 80 for line in said.splitlines() if str(tmp_path) not in line)
+    told(capsys, *options(tmp_path, "dpo", "parts", **{**given, "max_steps": 2}))
+    resumed = told(capsys, *options(tmp_path, "dpo", "parts", **given), "--resume")
+    assert f"loss {first['loss']:.4g} -> {last['loss']:.4g}" in " ".join(resumed.split()) and "  before  " not in resumed and resumed.count("  answer  ") == 2
+    bare = told(capsys, *options(tmp_path, "rm", "bare"))
+    assert f"{tmp_path / 'bare'}: done" in bare and "->" not in bare and f"score --model={tmp_path / 'bare'} --data={ROWS['preference']}" in bare
+    rolled = told(capsys, *options(tmp_path, "reinforce", "rolled", advantages="reinforce", eval_prompts=ROWS["prompts"]))
+    assert rolled.count("  reward ") == 1
+
+
+def test_a_tracker_gets_every_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="track = 'wandb' is not installed; pip install wandb"):
+        monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # a folder of that name looks like this
+        sys.modules["wandb"].__spec__ = types.SimpleNamespace(origin=None)
+        train.train(config.load(options(tmp_path, "dpo", track="wandb")))
+    assert not (tmp_path / "run").exists()
+    seen = []
+    monkeypatch.setitem(report.TRACKERS, "wandb", lambda out, config: lambda line: seen.append((line["step"], report.numbers(line))))
+    monkeypatch.setattr(report, "check_tracker", lambda track: None)
+    train.train(config.load(options(tmp_path, "dpo", track="wandb", eval_data=ROWS["preference"])))
+    written = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert [step for step, _ in seen] == [line["step"] for line in written] == [0, 1, 2, 3, 4, 4]
+    assert seen[1][1]["train/loss"] == written[1]["loss"] and seen[-1][1]["eval/rewards/margins"] == written[-1]["rewards/margins"]
+
+
+def test_tensorboard_reads_what_is_written(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    monkeypatch.chdir(ROOT)
+    train.train(config.load(options(tmp_path, "dpo", track="tensorboard")))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(line["step"], pytest.approx(line["loss"])) for line in lines(tmp_path / "run")]
+
+
+def shown(capsys, *arguments) -> str:
+    preview.main([*map(str, arguments)])
+    return capsys.readouterr().out
+
+
+def test_the_preview_marks_what_is_trained(tmp_path, monkeypatch, capsys):
+    """Of pairs the responses with their EOS, of steps the step tokens, red where they are wrong; the counts are those of a run."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    cache = f"--cache_dir={tmp_path}"
+    said = shown(capsys, ROWS["preference"], "--config", "configs/dpo.py", "--rows", "1", cache)
+    row = json.loads(open(ROWS["preference"]).readline())
+    green = lambda text: "".join(part.split("\033[0m")[0] for part in text.split("\033[1;32m")[1:])
+    trained = green(said).replace("\u21b5", "\n")
+    assert trained == f"{row['chosen']}<eos>{row['rejected']}<eos>" and "500 read, 500 used" in said
+    steps = shown(capsys, ROWS["prm"], "--config=configs/prm.py", "--rows=1", cache)
+    row = json.loads(open(ROWS["prm"]).readline())
+    assert (green(steps), steps.count("\033[1;31m")) == ("\u21b5" * sum(row["labels"]), row["labels"].count(False))
+    cut = shown(capsys, ROWS["preference"], "--config=configs/dpo.py", "--max_length", "16", cache)
+    cfg = config.load(["--config=configs/dpo.py", "--max_length=16", cache])
+    dataset = data.load(ROWS["preference"], "preference", data.Tokenizer("tasks/arithmetic"), cfg, False)
+    assert f"{dataset.counts['truncated']} truncated" in cut and "max_length = 16; median 16" in cut
+    assert sum(int(line.split("| ")[-1]) for line in cut.splitlines() if " to " in line and "|" in line) == 500  # the histogram's
+    assert f"of {dataset.lengths.sum():,} tokens" in cut
+    prompts = shown(capsys, ROWS["prompts"], "--config=configs/grpo.py", cache)
+    assert "trained" not in prompts and "500 used" in prompts
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["nowhere.jsonl", "--config=configs/dpo.py"], "nowhere.jsonl: no such file"), (["tasks", "--config=configs/dpo.py"], "tasks is a folder; name files"),
+    ([ROWS["sft"]], "whose tokens"), ([ROWS["sft"], "--config=configs/dpo.py"], "expected chosen and rejected")])
+def test_the_preview_refuses(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match=message):
+        preview.main([*arguments, f"--cache_dir={tmp_path}"])
+
+
+def test_long_texts_are_shown_in_lines(stories, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    words = " ".join(f"word{i}" for i in range(400))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": words, "completion": words}) + "\n")
+    said = shown(capsys, tmp_path / "rows.jsonl", "--objective=sft", f"--tokenizer={stories}", "--max_length=4096", f"--cache_dir={tmp_path}")
+    assert max(len(line) for line in said.splitlines() if str(tmp_path) not in line) <= 80 and "more tokens" in said
