@@ -34,6 +34,7 @@ import config
 import data
 import losses
 import model
+import optimizers
 import reference
 import rollout
 
@@ -672,26 +673,6 @@ class RoundedAdamW(torch.optim.AdamW):
                     narrow.copy_((bits & -2**16).view(torch.float32))
 
 
-class MuonAdamW(torch.optim.AdamW):
-    """Muon (momentum 0.95, updates of AdamW's size) on the matrices of blocks, AdamW on the embedding and the norms."""
-
-    def __init__(self, groups, **options):
-        of_muon = [p for group in groups for p in group["params"] if p.dim() == 2 and min(p.shape) > 16]
-        rest = [{**group, "params": [p for p in group["params"] if all(p is not q for q in of_muon)]} for group in groups]
-        super().__init__([group for group in rest if group["params"]], **options)
-        self.muon = torch.optim.Muon(of_muon, lr=options["lr"], weight_decay=groups[0]["weight_decay"],
-                                     adjust_lr_fn="match_rms_adamw")
-
-    def step(self):
-        super().step()
-        self.muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
-        self.muon.step()
-
-    def zero_grad(self):
-        super().zero_grad()
-        self.muon.zero_grad()
-
-
 def in_precision(how: str, seed: int, steps: int) -> tuple[list, float]:
     """(step, loss, exact match) of the evals, and the median seconds of a step."""
     import train
@@ -702,11 +683,11 @@ def in_precision(how: str, seed: int, steps: int) -> tuple[list, float]:
         def narrow(*given):
             decoder, saved = load(*given)
             return decoder.to(torch.bfloat16), saved
-        model.load_model, torch.optim.AdamW = narrow, lambda groups, **options: RoundedAdamW(groups, **{**options, "fused": False})
-    if "Muon" in how:
-        torch.optim.AdamW = MuonAdamW
+        model.load_model = narrow
+        optimizers.Muon = lambda groups, **options: RoundedAdamW(groups, **{**options, "fused": False})
     dtype = "float32" if "fp32" in how and "bf16" not in how else "bfloat16"
     train.train(config.load(["--config", "configs/sft.py", f"--seed={seed}", f"--out_dir={out / 'run'}", f"--dtype={dtype}",
+                             f"--optimizer={'muon' if 'Muon' in how else 'adamw'}",
                              "--device=cpu", f"--max_steps={steps}", f"--eval_every={max(1, steps // 4)}", f"--cache_dir={out}"]))
     lines = metrics_of(out / "run")
     return ([(line["step"], line["loss"], line["exact_match"]) for line in lines if line["split"] == "eval"],

@@ -127,10 +127,10 @@ def resume(out: Path, state: State, machine, say: Callable) -> int:
     with torch.no_grad():
         for name, parameter in state.decoder.named_parameters():
             parameter.copy_(weights[name])
-            if f"{name}.step" not in moments:  # frozen, or of a policy whose critic has the first steps
-                continue
-            state.optimizer.state[parameter] = {key: moments[f"{name}.{key}"].to(parameter.device)
-                                                for key in ("step", "exp_avg", "exp_avg_sq")}
+            own = {key.removeprefix(f"{name}."): moment.to(parameter.device) for key, moment in moments.items()
+                   if key.rpartition(".")[0] == name}
+            if own:  # none: frozen, or of a policy whose critic has the first steps
+                state.optimizer.state[parameter] = own
     state.decoder.config |= kept.get("reward", {})
     for name, pair in state.running.items():
         if name not in kept.get("running", {}):

@@ -63,7 +63,8 @@ class Config:
     min_lr: float = 0.0  # where linear and cosine end
     schedule: str = "cosine"  # constant, linear, cosine
     warmup_steps: int = 0  # linear from 0 to lr
-    weight_decay: float = 0.0  # AdamW, on matrices and embeddings only
+    optimizer: str = "adamw"  # adamw; muon: on the matrices of blocks, adamw on the rest, with one lr
+    weight_decay: float = 0.0  # on matrices and embeddings only
     betas: tuple = (0.9, 0.999)  # AdamW
     grad_clip: float = 1.0  # norm of the whole gradient; 0: no clipping
     max_skipped_steps: int = 10  # steps are skipped whose loss or gradient is not finite; so many in a row at a log line: stop
@@ -124,7 +125,8 @@ class Config:
 CHOICES = {"bad_rewards": ("error", "skip"),
            "advantages": ("gae", "reinforce", "reinforce_baseline", "rloo", "group_norm", "group_center"),
            "truncation": ("cut", "drop", "error"), "tokenize": ("joint", "apart"), "train_on": ("", "all", "last"),
-           "bad_rows": ("error", "skip"), "schedule": ("constant", "linear", "cosine"), "device": ("auto", "cpu", "cuda"),
+           "bad_rows": ("error", "skip"), "schedule": ("constant", "linear", "cosine"), "optimizer": ("adamw", "muon"),
+           "device": ("auto", "cpu", "cuda"),
            "dtype": ("auto", "float32", "bfloat16", "float16", "float64"), "compile": (True, False, "auto"),
            "track": ("", "wandb", "tensorboard"), "save_dtype": ("", "float32", "bfloat16", "float16", "float64")}
 AT_LEAST = {"max_length": 2, "f_divergence": -math.inf} | dict.fromkeys(  # of other numbers: 0

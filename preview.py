@@ -63,17 +63,12 @@ def flow(label: str, runs: list[tuple], said: str) -> str:
     for text, code in [*runs, (f"  {said}", "")]:
         painted = []
         for word in re.findall(r"\n|[^\s]+[^\S\n]*|[^\S\n]+", text.replace("\n", "\u21b5\n")):
-            if len(word.rstrip()) > room and room < WIDTH and word != "\n":
+            if word == "\n" or len(word.rstrip()) > room and room < WIDTH:
                 lines[-1] += paint("".join(painted), code)
                 painted, room = [], WIDTH
                 lines.append(" " * 14)
-            if word == "\n":
-                lines[-1] += paint("".join(painted), code)
-                painted, room = [], WIDTH
-                lines.append(" " * 14)
-            else:
-                painted.append(word)
-                room -= len(word)
+            painted.append(word.strip("\n"))
+            room -= len(word.strip("\n"))
         lines[-1] += paint("".join(painted), code)
     return "\n".join(lines)
 

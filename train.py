@@ -33,6 +33,7 @@ import config
 import data
 import losses
 import model
+import optimizers
 import reference
 import report
 import reward
@@ -159,15 +160,9 @@ def train(cfg):
     wrapped = decoder if machine.world == 1 else DistributedDataParallel(
         decoder, device_ids=[torch.cuda.current_device()] if machine.device == "cuda" else None,
         gradient_as_bucket_view=True, broadcast_buffers=False)
-    named = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
-    groups, parameters, policy = {}, [*named.values()], []
-    for name, parameter in named.items():
-        of_critic = name.split(".")[0] in model.CRITIC
-        groups.setdefault((parameter.dim() > 1, of_critic), []).append(parameter)
-        policy += [] if of_critic else [parameter]
-    optimizer = torch.optim.AdamW(
-        [{"params": group, "weight_decay": cfg.weight_decay * matrix, "peak": of_critic and cfg.critic_lr or cfg.lr}
-         for (matrix, of_critic), group in sorted(groups.items(), reverse=True)], lr=cfg.lr, betas=cfg.betas, fused=True)
+    optimizer = optimizers.made(cfg, decoder)
+    trained = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
+    parameters, policy = [*trained.values()], [p for name, p in trained.items() if name.split(".")[0] not in model.CRITIC]
     scaler = torch.amp.GradScaler(machine.device, enabled=machine.dtype == torch.float16)
     skipped = torch.zeros(2, device=machine.device)  # steps that were not finite: all of them, and those in a row up to now
     steps = cfg.max_steps or math.ceil(cfg.epochs * supply.per_epoch)
@@ -264,7 +259,7 @@ def train(cfg):
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
         bad = (~finite(meter, grad_norm)).float()
         skipped.copy_(torch.stack([skipped[0] + bad, (skipped[1] + 1) * bad]))
-        optimizer.found_inf = bad  # a fused optimizer passes the step by, weights and moments, without asking the host
+        optimizer.found_inf = bad
         optimizer.step()
         scaler.update()
         optimizer.zero_grad()

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 import checkpoint
 import losses
 import model
+import optimizers
 import train
 from conftest import ROOT
 from launch import run, start
@@ -281,3 +283,34 @@ def test_every_objective_skips(tmp_path, monkeypatch):
         train.main(arguments)
         one, two = (load_file(tmp_path / name / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2))
         assert all(torch.equal(one[key], two[key]) for key in one) and lines(tmp_path / name)[-1]["skipped_steps"] == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Muon
+
+
+def test_muon_is_torch_s_and_passes_a_bad_step_by():
+    """Ten steps on tall, wide and square matrices against torch.optim.Muon; biases and norms are AdamW's; a step that is not finite
+    changes nothing of either."""
+    cfg = types.SimpleNamespace(optimizer="muon", lr=0.02, critic_lr=0.0, weight_decay=0.1, betas=(0.9, 0.95))
+    ours, theirs = (model.scratch({**SMALL, "vocab_size": 16, "eos_token_id": 0}, 3) for _ in range(2))
+    mine = optimizers.made(cfg, ours)
+    matrices = {name for name, p in ours.named_parameters() if ".layers." in name and p.dim() == 2}
+    groups = [[p for name, p in theirs.named_parameters() if (name in matrices, p.dim() > 1) == kind] for kind in ((True, True), (False, True), (False, False))]
+    peers = [torch.optim.Muon(groups[0], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")] + [
+        torch.optim.AdamW(group, lr=0.02, betas=(0.9, 0.95), weight_decay=0.1 * decays) for group, decays in zip(groups[1:], (1, 0))]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(11):
+        for a, b in zip(ours.parameters(), theirs.parameters()):
+            b.grad = torch.randn(b.shape, generator=generator)
+            a.grad = b.grad * (float("nan") if step == 10 else 1)
+        before = [p.clone() for p in ours.parameters()], [{key: x.clone() for key, x in mine.state[p].items()} for p in ours.parameters()]
+        mine.found_inf = torch.tensor(float(step == 10))
+        mine.step()
+        for peer in peers if step < 10 else ():
+            peer.step()
+    for name, a in ours.named_parameters():
+        b = dict(theirs.named_parameters())[name]
+        assert (a - b).abs().max() < (0.03 if name in matrices else 1e-5) * b.abs().max(), name  # bf16 iterations
+    assert all(torch.equal(p, old) for p, old in zip(ours.parameters(), before[0]))
+    assert all(torch.equal(mine.state[p][key], x) for p, old in zip(ours.parameters(), before[1]) for key, x in old.items())

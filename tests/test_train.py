@@ -149,13 +149,13 @@ def test_first_gradient_in_fp32(tmp_path, monkeypatch):
     ("sft", False, 1, "float32"), ("dpo", False, 1, "float32"), ("dpo", False, 2, "float32"), ("bco_pair", False, 2, "float64"),
     ("aot", False, 2, "float32"), ("dpo", True, 1, "float32"), ("rm", False, 1, "float32"), ("kto", False, 2, "float32"),
     ("prm", False, 1, "float32"), ("kd", False, 1, "float32"), ("dpo-gpt2", False, 1, "float32"), ("prm-gpt2", False, 1, "float64"),
-    ("value-gpt2", False, 1, "float64")])  # of kd with top logits: test_distillation
+    ("value-gpt2", False, 1, "float64"), ("dpo-muon", False, 2, "float32")])  # of kd with top logits: test_distillation
 def test_resume_is_bitwise(name, compiled, ranks, dtype, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("RANK", raising=False)
     name, _, family = name.partition("-")
     more = dict(dtype=dtype, save_dtype=dtype, compile=compiled, save_every=2, micro_batch_tokens=384 if compiled else 128)
-    more |= {"scratch": dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=128)} if family else {}
+    more |= {"gpt2": {"scratch": dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=128)}, "muon": {"optimizer": "muon"}}.get(family, {})
     go = (lambda arguments, ranks: train.train(config.load(arguments))) if ranks == 1 else run
     go(options(tmp_path, name, "whole", **more), ranks)
     go(options(tmp_path, name, "parts", **{**more, "max_steps": 2}), ranks)

@@ -1,0 +1,48 @@
+"""What moves the weights: AdamW, or Muon on the matrices of blocks and AdamW on the rest. Both pass by a step that is not finite,
+weights and moments, without asking the host: `found_inf`, a () tensor on the device, says so."""
+import torch
+from torch import Tensor
+
+import model
+
+
+def made(cfg, decoder: model.Decoder) -> torch.optim.AdamW:
+    """Of all weights that are trained. A group has its peak learning rate; weight decay is for matrices and embeddings alone."""
+    groups = {}
+    for name, parameter in decoder.named_parameters():
+        if parameter.requires_grad:
+            matrix, in_block = parameter.dim() > 1, ".layers." in name
+            kind = matrix, name.split(".")[0] in model.CRITIC, cfg.optimizer == "muon" and matrix and in_block
+            groups.setdefault(kind, []).append(parameter)
+    given = [{"params": group, "weight_decay": cfg.weight_decay * matrix, "peak": of_critic and cfg.critic_lr or cfg.lr, "muon": muon}
+             for (matrix, of_critic, muon), group in sorted(groups.items(), reverse=True)]
+    return Muon(given, lr=cfg.lr, betas=cfg.betas, fused=True)
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW but for the groups that say "muon": there, Nesterov momentum made orthogonal, arXiv:2502.16982, with updates of the
+    size of AdamW's, so that one learning rate serves both."""
+
+    @torch.no_grad()
+    def step(self):
+        bad = self.found_inf.bool()
+        for group in [group for group in self.param_groups if group["muon"]]:
+            for p in [p for p in group["params"] if p.grad is not None]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                ahead = momentum.lerp(p.grad, 0.05)
+                update = orthogonal(p.grad.lerp(ahead, 0.95)).to(p) * (0.2 * max(p.shape) ** 0.5) + group["weight_decay"] * p
+                momentum.copy_(torch.where(bad, momentum, ahead))
+                p.sub_(torch.where(bad, 0, group["lr"] * update))
+                p.grad = None  # the rest is AdamW's
+        super().step()
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """About U V^T of its singular value decomposition, by five Newton-Schulz iterations in bf16 with Keller Jordan's coefficients."""
+    x = matrix.bfloat16()
+    x = x.T if x.shape[0] > x.shape[1] else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
