@@ -7,14 +7,15 @@ import model
 
 
 def made(cfg, decoder: model.Decoder) -> torch.optim.AdamW:
-    """Of all weights that are trained. A group has its peak learning rate; weight decay is for matrices and embeddings alone."""
+    """Of all weights that are trained; weight decay is for matrices and embeddings alone."""
     groups = {}
     for name, parameter in decoder.named_parameters():
         if parameter.requires_grad:
             matrix, in_block = parameter.dim() > 1, ".layers." in name
             kind = matrix, name.split(".")[0] in model.CRITIC, cfg.optimizer == "muon" and matrix and in_block
             groups.setdefault(kind, []).append(parameter)
-    given = [{"params": group, "weight_decay": cfg.weight_decay * matrix, "peak": of_critic and cfg.critic_lr or cfg.lr, "muon": muon}
+    given = [{"params": group, "weight_decay": cfg.weight_decay * matrix, "muon": muon,
+              "peak": of_critic and cfg.critic_lr or cfg.lr}  # learning rate
              for (matrix, of_critic, muon), group in sorted(groups.items(), reverse=True)]
     return Muon(given, lr=cfg.lr, betas=cfg.betas, fused=True)
 
@@ -38,7 +39,7 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V^T of its singular value decomposition, by five Newton-Schulz iterations in bf16 with Keller Jordan's coefficients."""
+    """About U V^T of its singular value decomposition: five Newton-Schulz iterations in bf16, Keller Jordan's coefficients."""
     x = matrix.bfloat16()
     x = x.T if x.shape[0] > x.shape[1] else x
     x = x / x.norm().clamp(min=1e-7)
