@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import re
 import runpy
 import textwrap
@@ -162,9 +163,9 @@ def checked(key: str, value, kind, where: str):
 def read_file(path: str) -> dict:
     """The assignments of a config file. Imports, functions, classes and names with a leading underscore are not keys,
     unless a declared key holds a function."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         near = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), 1)
-        raise ValueError(f"{path}: no such config file" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ValueError(f"{path:.200}: no such config file" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         values = runpy.run_path(path)
     except Exception as error:  # of the user's own code, or of what it imports
@@ -348,18 +349,34 @@ def as_json(cfg: types.SimpleNamespace) -> dict:
     return {key: named(value) for key, value in vars(cfg).items()}
 
 
-def digest(cfg: types.SimpleNamespace) -> str:
-    """Hash of what decides a run's result, the stages before it included: not of where it is written, nor of how it is
+def machine(cfg: types.SimpleNamespace) -> tuple[str, str]:
+    """The device and the dtype of compute that "auto" stands for."""
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return device, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+
+
+def settings(cfg: types.SimpleNamespace) -> dict:
+    """What decides a run's result, the stages before it included: not where it is computed and written, nor how it is
     evaluated, logged and saved."""
-    apart = {"out_dir", "resume", "log_every", "save_every", "keep_checkpoints", "cache_dir", "activation_checkpointing",
-             "max_skipped_steps", "samples", "track", "eval_data", "eval_prompts", "eval_every", "check", "max_new_tokens"}
+    apart = {"device", "compile", "out_dir", "resume", "log_every", "save_every", "keep_checkpoints", "cache_dir", "samples",
+             "track", "activation_checkpointing", "max_skipped_steps", "eval_data", "eval_prompts", "eval_every", "check", "max_new_tokens"}
     apart |= {"objective", "nll_coef"}  # in weights and bound, and so is
     apart |= {key for name, given in cfg.bound.items() for k in given for key in (k, f"{name}_{k}")}
     apart -= {"max_new_tokens"} if rolls(cfg) else set()
-    kept = {key: value for key, value in as_json(cfg).items() if key not in apart}
+    kept = {key: value for key, value in as_json(cfg).items() if key not in apart} | {"dtype": machine(cfg)[1]}
     for path in [path for path in models(cfg) if path.endswith(".py")]:
         kept[path] = digest(load_stage(path, cfg))
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return json.loads(json.dumps(kept))
+
+
+def digest(cfg: types.SimpleNamespace) -> str:
+    return hashlib.sha256(json.dumps(settings(cfg), sort_keys=True).encode()).hexdigest()
+
+
+def changes(before: dict, now: dict) -> list[str]:
+    """Settings that differ."""
+    return [f"{key} {str(before.get(key))[:60]} -> {str(now.get(key))[:60]}" for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)]
 
 
 def help_text() -> str:

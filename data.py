@@ -687,7 +687,7 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
                 counts["bad"] += 1
                 continue
             wrong_type = not isinstance(error, (ValueError, RecursionError))
-            said = f"{type(error).__name__}: {error}; is a field missing?" if wrong_type else error
+            said = f"{type(error).__name__}: {error}; is a field missing, or of another type?" if wrong_type else error
             raise ValueError(f"{where}: {said}") from None
         if not draft.responses:
             rows[where] = {"prompt": draft.prompt, **row}
@@ -696,7 +696,7 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
     flush()
     counts["used"] = len(examples)
     if not examples:
-        raise ValueError(f"{paths}: no row left to train on ({dict(counts)})")
+        raise ValueError(f"{paths}: no row left to train on ({', '.join(f'{counts[name]:,} {name}' for name in COUNTS)})")
     return as_dataset(examples, counts)
 
 
@@ -912,7 +912,9 @@ def rounded(length: int) -> int:
 
 
 if __name__ == "__main__":
+    import signal
     import sys
 
     import preview
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it
     preview.main(sys.argv[1:])

@@ -482,14 +482,18 @@ def find_folder(name: str) -> Path:
     for folder in (Path(name), Path(name, "model")):
         if (folder / "config.json").is_file():
             return folder
-    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"{name}: no config.json there; expected a model folder in Hugging Face layout, "
+    if not name:
+        raise ValueError("no model is named; set init_from to a folder, a hub name (owner/name), a config file or 'scratch'")
+    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~", "out/")):
+        parts = sorted(path.name for path in Path(name).glob("checkpoint-*"))
+        found = f"no config.json there{f', but {parts[-1]}' * bool(parts)}" if Path(name).exists() else "no such folder"
+        raise ValueError(f"{name}: {found}; expected a model folder in Hugging Face layout, "
                          f"a hub name (owner/name), a config file (.py) or 'scratch'")
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as error:
-        raise ValueError(f"{name}: not a local folder, and not to be had from the hub: {error}") from error
+        raise ValueError(f"{name}: not a local folder, and not to be had from the hub: {str(error):.200}") from error
 
 
 def read_weights(folder: Path, names_only: bool = False) -> dict[str, Tensor | None]:

@@ -51,8 +51,14 @@ def marked(ids: np.ndarray, scored: np.ndarray, labels: np.ndarray | None, token
     runs, begin = [], 0
     decode = lambda end: tokenizer.fast.decode(ids[:end].tolist(), skip_special_tokens=False)
     for end in [*(np.flatnonzero(np.diff(scored)) + 1).tolist(), len(ids)]:
-        wrong = labels is not None and labels[end - 1] < 0.5
-        runs.append((decode(end)[len(decode(begin)):], (RED if wrong else GREEN) if scored[begin] else FAINT))
+        text = decode(end)[len(decode(begin)):].replace("\n", "\u21b5\n")
+        colour = GREEN if scored[begin] else FAINT
+        if labels is not None and scored[begin]:  # a step and its label
+            label = labels[end - 1]
+            sign = {1.0: "+", 0.0: "-"}.get(float(label), "?" if label != label else f"{label:.2g}")
+            text = text.replace("\u21b5", "\u21b5" + sign) if "\u21b5" in text else text + sign
+            colour = FAINT if label != label else GREEN if label >= 0.5 else RED
+        runs.append((text, colour))
         begin = end
     return runs
 
@@ -62,7 +68,7 @@ def flow(label: str, runs: list[tuple], said: str) -> str:
     lines, room = [f"  {label:12}"], WIDTH
     for text, code in [*runs, (f"  {said}", "")]:
         painted = []
-        for word in re.findall(r"\n|[^\s]+[^\S\n]*|[^\S\n]+", text.replace("\n", "\u21b5\n")):
+        for word in re.findall(r"\n|[^\s]+[^\S\n]*|[^\S\n]+", text):
             if word == "\n" or len(word.rstrip()) > room and room < WIDTH:
                 lines[-1] += paint("".join(painted), code)
                 painted, room = [], WIDTH
@@ -80,7 +86,8 @@ def row(e: data.Example, tokenizer: data.Tokenizer) -> str:
     lines = [e.where, flow("prompt", marked(e.prompt, nothing, None, tokenizer), f"({len(e.prompt)} tokens)")]
     for i, (ids, scored) in enumerate(zip(e.responses, e.scored)):
         runs = marked(ids, scored, e.labels[i] if e.labels else None, tokenizer)
-        lines.append(flow(names.get(i, "response"), runs, f"({len(ids)} tokens, {int(scored.sum())} trained)"))
+        count = int((scored & ~np.isnan(e.labels[i])).sum() if e.labels else scored.sum())
+        lines.append(flow(names.get(i, "response"), runs, f"({len(ids)} tokens, {count} trained)"))
     return "\n".join(lines)
 
 
@@ -115,6 +122,8 @@ def main(arguments: list[str]):
     options, rest = parser.parse_known_args(arguments[len(files):])
     try:
         cfg = config.load(rest)
+        if not files and not cfg.train_data:
+            raise ValueError("no FILE, and no --config with train_data; expected python data.py FILE --objective=...")
         kind, tokenizer = config.data_kind(cfg), tokenizer_of(cfg)
         dataset = data.load(files or cfg.train_data, kind, tokenizer, cfg)
     except ValueError as error:
@@ -125,7 +134,7 @@ def main(arguments: list[str]):
     for e in examples[:options.rows]:
         print(row(e, tokenizer) + "\n")
     longest = np.array([len(e.prompt) + max(map(len, e.responses), default=0) for e in examples])
-    trained = sum(int(mask.sum()) for e in examples for mask in e.scored)
+    trained = data.count(examples)["steps"] or data.count(examples)["tokens"]
     print(histogram(longest, cfg.max_length))
     if not trained:  # prompts: what is trained is yet to be written
         return

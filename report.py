@@ -77,11 +77,11 @@ def first_eval(out: Path) -> dict:
     return next((line for line in map(json.loads, lines[:1]) if line["split"] == "eval" and line["step"] == 0), {})
 
 
-def summary(out: Path, first: dict, last: dict, shown: tuple, before: list[tuple], after: list[tuple], use: str) -> str:
+def summary(out: Path, what: str, first: dict, last: dict, shown: tuple, before: list[tuple], after: list[tuple], use: str) -> str:
     """What was learned, samples (prompt, answer) of before (where they were taken) and after, where the model is and what to do
     with it."""
     names = [name for name in dict.fromkeys(shown) if first.get(name) is not None and last.get(name) is not None]
-    lines = [f"{out}: before -> after" if names else f"{out}: done"]
+    lines = [f"{out}: {what if names else 'done'}"]
     lines += [f"  {name:20} {first[name]:.4g} -> {last[name]:.4g}" for name in names]
     for i, (prompt, new) in enumerate(after):
         lines += ["", *wrapped("  prompt  ", prompt[-150:])] + (wrapped("  before  ", before[i][1]) if before else [])

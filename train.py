@@ -90,7 +90,7 @@ class Machine(NamedTuple):
 
 
 def find_machine(cfg) -> Machine:
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device, dtype = config.machine(cfg)
     cuda = device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise ValueError("device = 'cuda', and torch finds no CUDA device; install a CUDA build of torch, or --device=cpu")
@@ -99,7 +99,6 @@ def find_machine(cfg) -> Machine:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if cuda else "float32"
     return Machine(rank, world, device, getattr(torch, dtype), cuda if cfg.compile == "auto" else cfg.compile)
 
 
@@ -139,6 +138,8 @@ def train(cfg):
     say = print if machine.rank == 0 else lambda *_: None
     if out.exists() and any(out.iterdir()) and not cfg.resume:
         raise ValueError(f"out_dir {cfg.out_dir} is not empty; go on with --resume, name another --out_dir, or remove it")
+    if cfg.resume and finished_already(out, cfg, say):
+        return
     report.check_tracker(cfg.track)
     supply_of = SUPPLIES.get(config.data_kind(cfg), Rows)
     run, folder_of = prepared(cfg, machine, say, supply_of)
@@ -159,7 +160,7 @@ def train(cfg):
         trunk.checkpointing = cfg.activation_checkpointing
     wrapped = decoder if machine.world == 1 else DistributedDataParallel(
         decoder, device_ids=[torch.cuda.current_device()] if machine.device == "cuda" else None,
-        gradient_as_bucket_view=True, broadcast_buffers=False)
+        gradient_as_bucket_view=True)
     optimizer = optimizers.made(cfg, decoder)
     trained = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
     parameters, policy = [*trained.values()], [p for name, p in trained.items() if name.split(".")[0] not in model.CRITIC]
@@ -224,13 +225,15 @@ def train(cfg):
             optimizer.zero_grad()
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         said = f"not finite alone: {', '.join(names[:5])}{more}" if names else "each of them alone is finite"
+        mend = "repair the rows or lower lr" if len(names) < len(rows) else (
+            "the weights themselves may have diverged: then remove this checkpoint, for an older one, and lower lr")
         raise ValueError(f"{in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not finite, "
                          f"and changed no weight. Of the {len(rows)} rows of this step, {said}. checkpoint-{step} is saved: "
-                         f"repair the rows or lower lr, and go on with --resume")
+                         f"{mend}; go on with --resume")
 
     # The loop
-    described = {"digest": digest, "rows": {split: dict(rows.counts) for split, rows in run.datasets.items()},
-                 "config": config.as_json(cfg)}
+    described = {"digest": digest, "settings": config.settings(cfg), "config": config.as_json(cfg),
+                 "rows": {split: dict(rows.counts) for split, rows in run.datasets.items()}}
     record = lambda line: None
     if machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -243,7 +246,7 @@ def train(cfg):
     if machine.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     since, since_line, tokens = 0, time.perf_counter(), 0  # of the steps since the last line
-    told = []  # to stop
+    told, began = [], None  # signals to stop; the first line
     for step in noting_signals(range(done + 1, steps + 1), told):  # its number is that of the steps done when it ends
         pause = time.perf_counter()
         dataset, rows = unless_lost(step - 1, supply.rows)
@@ -276,7 +279,8 @@ def train(cfg):
             if skipped[1] >= cfg.max_skipped_steps:
                 stop_for(step, dataset, rows)
             shown = [f"{name.split('/')[-1]} {line[name]:.3f}" for name in ("loss", show) if name in line]
-            bar.set_postfix_str(", ".join([*shown, f"{line['tokens_per_second'] / 1000:.1f}k tok/s"]))
+            bar.set_postfix_str(", ".join([*shown, f"{line['tokens_per_second'] / 1000:.1f}k tok/s"]), refresh=False)
+            began = began or line
             since, since_line, tokens = 0, time.perf_counter(), 0
         pause = time.perf_counter()
         if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
@@ -297,7 +301,10 @@ def train(cfg):
         dtype = getattr(torch, cfg.save_dtype) if cfg.save_dtype else run.saved_dtype
         checkpoint.publish(out / "model", lambda folder: write_model(folder, dtype))
         checkpoint.write_json(out / "run.json", {**described, "finished": True})
-        say(report.summary(out, first, last, ("loss", show, "exact_match", "reward"), before, samples(run), use_of(run)))
+        ends = "before -> after", first, last
+        if not first and began:
+            ends = "first step -> last step", began, line
+        say(report.summary(out, *ends, ("loss", show, "exact_match", "reward"), before, samples(run), use_of(run)))
     machine.barrier()
     if machine.any(bool(told)):  # in the last step: it is done, what would follow is not
         raise SystemExit(128 + (told[0] if told else signal.SIGTERM))
@@ -371,6 +378,24 @@ def noting_signals(steps: range, told: list[int]) -> Iterator[int]:
             signal.signal(number, handler)
 
 
+def finished_already(out: Path, cfg, say: Callable) -> bool:
+    """Of a run that is to go on. What has changed since is said; another objective is an error, and so is a run that is finished
+    and has nothing to go on from."""
+    found = model.read_json(out / "run.json") if (out / "run.json").is_file() else {}
+    before, now = found.get("settings", {}), config.settings(cfg)
+    changed, finished = config.changes(before, now) if before else [], found.get("finished") and (out / "model").is_dir()
+    if before and before["weights"] != now["weights"]:
+        raise ValueError(f"{out}: {'+'.join(before['weights'])} was trained there, and this is {'+'.join(now['weights'])}; name "
+                         f"another --out_dir")
+    if finished and not changed:
+        say(f"{out} is finished already: {out / 'model'}")
+    elif finished and not checkpoint.found(out):
+        raise ValueError(f"{out} is finished and holds no checkpoint to go on from ({'; '.join(changed)}); name another --out_dir")
+    elif changed:
+        say(f"{out} goes on with other settings than before: {'; '.join(changed)}")
+    return bool(finished and not changed)
+
+
 def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
     """The model folder of another config's run. The run is made first where it is missing, taken up where it was cut
     off, and made again where it came from another config (the old folder is kept under another name)."""
@@ -385,7 +410,8 @@ def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
     if out.exists() and any(out.iterdir()) and found["digest"] != digest and machine.rank == 0:
         aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.old{i}")).exists())
         out.rename(aside)
-        say(f"{path}: {out} came from another config or seed; kept as {aside}")
+        changed = config.changes(found["settings"], config.settings(stage)) if "settings" in found else ["another config"]
+        say(f"{path}: {out} is kept as {aside}, it was made with other settings: {'; '.join(changed)}")
     machine.barrier()
     say(f"{path}: running this stage first")
     stage.resume = found["digest"] == digest
@@ -584,7 +610,6 @@ def main(arguments: list[str]):
     except RuntimeError as error:  # gloo's; NCCL's watchdog ends the process by itself
         if not (dist.is_initialized() and re.search("connection (closed|reset)|timed out", str(error), re.IGNORECASE)):
             raise
-        traceback.print_exc()
         sys.exit(f"error: another rank is gone ({str(error).splitlines()[0][:120]}); checkpoints are whole: go on with --resume")
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", 0) not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error).lower():

@@ -236,7 +236,7 @@ def test_spoiled_checkpoints(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     train.train(config.load(options(tmp_path, "dpo", max_steps=2, save_every=2)))
     newest, rng = tmp_path / "run/checkpoint-2", random.Random(0)
-    go_on = lambda **more: train.train(config.load([*options(tmp_path, "dpo", **{"max_steps": 2, "save_every": 2, **more}), "--resume"]))
+    go_on = lambda **more: train.train(config.load([*options(tmp_path, "dpo", **{"max_steps": 3, "save_every": 2, **more}), "--resume"]))
     for file in ("model.safetensors", "optimizer.safetensors", "state.json"):
         raw = (newest / file).read_bytes()
         for spoiled in (b"", raw[:5], raw[:len(raw) // 2], raw[:-1] if file != "state.json" else b"[]", b"{}", None):
@@ -295,7 +295,7 @@ def test_a_malicious_file_does_nothing(folder, tmp_path, monkeypatch):
     train.train(config.load(options(tmp_path, "dpo", max_steps=2, save_every=2)))
     shutil.copy(tmp_path / "bomb", tmp_path / "run/checkpoint-2/optimizer.safetensors")
     with pytest.raises(ValueError, match="checkpoint-2"):
-        train.train(config.load([*options(tmp_path, "dpo", max_steps=2), "--resume"]))
+        train.train(config.load([*options(tmp_path, "dpo", max_steps=3), "--resume"]))
     for path in (f"$(touch {tmp_path}/fired)", f"`touch {tmp_path}/fired`", f"x; touch {tmp_path}/fired", f"| touch {tmp_path}/fired"):
         for key in ("train_data", "init_from", "tokenizer", "reference"):
             with pytest.raises(ValueError):

@@ -35,7 +35,9 @@ def test_the_summary_says_what_was_learned(tmp_path, monkeypatch, capsys):
     resumed = told(capsys, *options(tmp_path, "dpo", "parts", **given), "--resume")
     assert f"loss {first['loss']:.4g} -> {last['loss']:.4g}" in " ".join(resumed.split()) and "  before  " not in resumed and resumed.count("  answer  ") == 2
     bare = told(capsys, *options(tmp_path, "rm", "bare"))
-    assert f"{tmp_path / 'bare'}: done" in bare and "->" not in bare and f"score --model={tmp_path / 'bare'} --data={ROWS['preference']}" in bare
+    train_lines = lines(tmp_path / "bare")
+    assert f"{tmp_path / 'bare'}: first step -> last step" in bare and f"loss {train_lines[0]['loss']:.4g} -> {train_lines[-1]['loss']:.4g}" in " ".join(bare.split())
+    assert f"score --model={tmp_path / 'bare'} --data={ROWS['preference']}" in bare
     rolled = told(capsys, *options(tmp_path, "reinforce", "rolled", advantages="reinforce", eval_prompts=ROWS["prompts"]))
     assert rolled.count("  reward ") == 1
 
@@ -83,7 +85,10 @@ def test_the_preview_marks_what_is_trained(tmp_path, monkeypatch, capsys):
     assert trained == f"{row['chosen']}<eos>{row['rejected']}<eos>" and "500 read, 500 used" in said
     steps = shown(capsys, ROWS["prm"], "--config=configs/prm.py", "--rows=1", cache)
     row = json.loads(open(ROWS["prm"]).readline())
-    assert (green(steps), steps.count("\033[1;31m")) == ("\u21b5" * sum(row["labels"]), row["labels"].count(False))
+    assert (green(steps), steps.count("\033[1;31m\u21b5-")) == ("\u21b5+" * sum(row["labels"]), row["labels"].count(False))
+    (tmp_path / "soft.jsonl").write_text(json.dumps({"prompt": "3+5=", "completions": ["8", "13", "21"], "labels": [0.9, None, False]}) + "\n")
+    soft = shown(capsys, tmp_path / "soft.jsonl", "--config=configs/prm.py", cache)
+    assert "\u21b50.9" in green(soft) and "\u21b5?" not in green(soft) and "2 trained" in soft and "trained: 2 of" in soft  # null: not trained
     cut = shown(capsys, ROWS["preference"], "--config=configs/dpo.py", "--max_length", "16", cache)
     cfg = config.load(["--config=configs/dpo.py", "--max_length=16", cache])
     dataset = data.load(ROWS["preference"], "preference", data.Tokenizer("tasks/arithmetic"), cfg, False)

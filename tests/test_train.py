@@ -299,7 +299,7 @@ def test_the_running_mean_is_of_all_steps_before(tmp_path, monkeypatch):
     for step in range(1, 5):
         total, count = json.loads((tmp_path / "delta" / f"checkpoint-{step}" / "state.json").read_text())["running"]["running_reward"]
         assert total / count == pytest.approx(sum(logged[:step]) / step, abs=1e-12)
-    with pytest.raises(ValueError, match="state.json: running_reward is missing; another objective was trained there"):
+    with pytest.raises(ValueError, match="dpo was trained there, and this is bco_pair; name another --out_dir"):
         for name, steps in (("dpo", 1), ("bco_pair", 2)):
             train.train(config.load([*options(tmp_path, name, "other", save_every=1, max_steps=steps), "--resume"]))
     assert abs(logged[1]) > 1e-3 and lines(tmp_path / "delta")[1]["loss"] == pytest.approx(lines(tmp_path / "none")[1]["loss"], rel=1e-12)
@@ -354,6 +354,27 @@ def test_a_missing_stage_is_run_first(tmp_path, monkeypatch):
         elif out == "fourth":
             assert made != before and (tmp_path / "first.old1" / "model").is_dir()  # another seed: run again, nothing lost
         before = made
+
+
+def test_what_goes_on_is_the_run_that_was(tmp_path, monkeypatch, capsys):
+    """A finished run is not trained again, and not another one in its place; what has changed is said."""
+    monkeypatch.chdir(ROOT)
+    go = lambda *more, **changes: train.train(config.load([*options(tmp_path, "dpo", **changes), *more]))
+    go(max_steps=2, save_every=1)
+    model_file = tmp_path / "run" / "model" / "model.safetensors"
+    made, written = model_file.stat().st_mtime_ns, (tmp_path / "run" / "metrics.jsonl").read_text()
+    capsys.readouterr()
+    go("--resume", max_steps=2, save_every=1)
+    go("--resume", max_steps=2, log_every=5, device="auto")  # neither changes the result
+    assert capsys.readouterr().out.count("is finished already") == 2 and model_file.stat().st_mtime_ns == made
+    with pytest.raises(ValueError, match="dpo was trained there, and this is ipo; name another --out_dir"):
+        train.train(config.load([*options(tmp_path, "ipo", max_steps=3), "--resume"]))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == written
+    go("--resume", max_steps=3, lr=1e-4)
+    assert "goes on with other settings than before: lr 0.01 -> 0.0001; max_steps 2 -> 3" in capsys.readouterr().out
+    go(out="bare", max_steps=1)
+    with pytest.raises(ValueError, match="is finished and holds no checkpoint to go on from .max_steps 1 -> 2."):
+        go("--resume", out="bare", max_steps=2)
 
 
 def test_learning_rate():
