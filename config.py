@@ -359,7 +359,8 @@ def settings(cfg: types.SimpleNamespace) -> dict:
     """What decides a run's result, the stages before it included: not where it is computed and written, nor how it is
     evaluated, logged and saved."""
     apart = {"device", "compile", "out_dir", "resume", "log_every", "save_every", "keep_checkpoints", "cache_dir", "samples",
-             "track", "activation_checkpointing", "max_skipped_steps", "eval_data", "eval_prompts", "eval_every", "check", "max_new_tokens"}
+             "track", "activation_checkpointing", "max_skipped_steps", "eval_data", "eval_prompts", "eval_every", "check",
+             "max_new_tokens"}
     apart |= {"objective", "nll_coef"}  # in weights and bound, and so is
     apart |= {key for name, given in cfg.bound.items() for k in given for key in (k, f"{name}_{k}")}
     apart -= {"max_new_tokens"} if rolls(cfg) else set()
