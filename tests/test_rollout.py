@@ -486,7 +486,7 @@ def test_models_judge_answers(tmp_path, recorded):
     (dict(temperature=0), "temperature = 0 answers a prompt in one way only"),
     (dict(max_new_tokens=64), "max_new_tokens = 64 leaves nothing for the prompt"),
     (dict(micro_batch_tokens=8), "a prompt with its responses takes 18 tokens and micro_batch_tokens is 8"),
-    (dict(reward="nowhere"), "nowhere: no config.json there"),
+    (dict(reward="nowhere"), "nowhere: no such folder"),
     (dict(critic="nowhere"), "critic = 'nowhere' does nothing in ppo without the value loss; leave it out"),
     (dict(samples_per_prompt=1, lam=0.5), "lam = 0.5 does nothing in ppo without advantages = 'gae'"),
     (dict(objective={"ppo": 1.0, "sft": 0.1}), "rows of prompts show no response that sft could imitate"),
