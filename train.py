@@ -610,7 +610,9 @@ def main(arguments: list[str]):
     except RuntimeError as error:  # gloo's; NCCL's watchdog ends the process by itself
         if not (dist.is_initialized() and re.search("connection (closed|reset)|timed out", str(error), re.IGNORECASE)):
             raise
-        sys.exit(f"error: another rank is gone ({str(error).splitlines()[0][:120]}); checkpoints are whole: go on with --resume")
+        said = f"error: another rank is gone ({str(error).splitlines()[0][:100]}); checkpoints are whole: go on with --resume"
+        print(said, file=sys.stderr, flush=True)  # before the launcher ends this one too
+        sys.exit(1)
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", 0) not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error).lower():
             raise

@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
+import config
 import losses
 import model
 import optimizers
@@ -314,3 +316,45 @@ def test_muon_is_torch_s_and_passes_a_bad_step_by():
         assert (a - b).abs().max() < (0.03 if name in matrices else 1e-5) * b.abs().max(), name  # bf16 iterations
     assert all(torch.equal(p, old) for p, old in zip(ours.parameters(), before[0]))
     assert all(torch.equal(mine.state[p][key], x) for p, old in zip(ours.parameters(), before[1]) for key, x in old.items())
+
+
+class Asked(TorchDispatchMode):
+    """Counts what makes the host wait for an accelerator: values read, sizes that depend on values, copies to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_value = func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_) and any(
+            i is not None and i.dtype == torch.bool for i in args[1])
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim", "repeat_interleave.Tensor")
+        if by_value or any(name in str(func) for name in waits):
+            self.calls.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "simpo", "rm", "prm", "bco_pair"])
+def test_steps_do_not_ask_the_device(name, tmp_path, monkeypatch):
+    """Between two log lines no operation reads a value back, whether a step is finite or not (here every third one is not); at the line one does."""
+    monkeypatch.chdir(ROOT)
+    rate, asked, spoil, count = train.learning_rate, Asked(), losses.OBJECTIVES[name].loss, []
+
+    def bad(*given, **more):
+        values, *rest = spoil(*given, **more)
+        count.append(1)
+        return values * (float("nan") if len(count) % 3 == 0 else 1), *rest
+
+    def watched(cfg, peak, step, steps):
+        if step == 2 and not seen:
+            seen.append(asked.__enter__())
+        elif step == 11 and len(seen) == 1:
+            seen.append(len(asked.calls))
+        return rate(cfg, peak, step, steps)
+    seen = []
+    monkeypatch.setattr(train, "learning_rate", watched)
+    monkeypatch.setitem(losses.OBJECTIVES, name, losses.OBJECTIVES[name]._replace(loss=bad))
+    train.train(config.load(options(tmp_path, name, max_steps=14, log_every=14, micro_batch_tokens=4096)))
+    asked.__exit__(None, None, None)
+    assert len(seen) == 2 and asked.calls[:seen[1]] == [] and "aten._local_scalar_dense.default" in asked.calls
+    assert lines(tmp_path / "run")[-1]["skipped_steps"] == 4
