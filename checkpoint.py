@@ -78,8 +78,10 @@ def found(out: Path) -> list[Path]:
 
 def save(out: Path, step: int, state: State, write_model: Callable, keep: int, config: dict, world: int):
     """write_model(folder, dtype) writes the model; config: the run's, for whoever reads state.json."""
+    if (out / f"checkpoint-{step}").exists():  # of the same state
+        return
     weights = dict(state.decoder.named_parameters())
-    critic = {n: p.detach().contiguous() for n, p in weights.items() if n.split(".")[0] in model.CRITIC}
+    critic = {n: p.detach().contiguous() for n, p in weights.items() if model.of_critic(n)}
     moments = {f"{n}.{key}": value for n, p in weights.items() for key, value in state.optimizer.state[p].items()}
     carried = {"step": step, "world_size": world, "scaler": state.scaler.state_dict(), "skipped": state.skipped.tolist(),
                "running": {name: pair.tolist() for name, pair in state.running.items()}, "config": config,
@@ -95,8 +97,6 @@ def save(out: Path, step: int, state: State, write_model: Callable, keep: int, c
             bar.update()
             write_json(folder / "state.json", {**carried, "supply": state.supply.save(folder, step)})
             bar.update()
-    if (out / f"checkpoint-{step}").exists():  # of the same state
-        return
     clear(out)  # the room may be needed
     publish(out / f"checkpoint-{step}", write)
     for folder in found(out)[:-keep]:
@@ -124,13 +124,14 @@ def resume(out: Path, state: State, machine, say: Callable) -> int:
     if not folder:
         return 0
     weights, moments, kept = read(folder, state.decoder)
+    parameters = dict(state.decoder.named_parameters())
     with torch.no_grad():
-        for name, parameter in state.decoder.named_parameters():
+        for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-            own = {key.removeprefix(f"{name}."): moment.to(parameter.device) for key, moment in moments.items()
-                   if key.rpartition(".")[0] == name}
-            if own:  # none: frozen, or of a policy whose critic has the first steps
-                state.optimizer.state[parameter] = own
+    for key, moment in moments.items():  # none of what is frozen, nor of a policy whose critic has the first steps
+        name, _, which = key.rpartition(".")
+        if name in parameters:
+            state.optimizer.state[parameters[name]][which] = moment.to(parameters[name].device)
     state.decoder.config |= kept.get("reward", {})
     for name, pair in state.running.items():
         if name not in kept.get("running", {}):
@@ -148,7 +149,7 @@ def read(folder: Path, decoder: model.Decoder) -> list[dict]:
     """Weights, the optimizer's tensors and state.json, or an error that names the file and the way out."""
     readers = {"model.safetensors": lambda path: model.read_state(folder, decoder.shape), "optimizer.safetensors": load_file,
                "state.json": model.read_json}
-    if any(name.split(".")[0] in model.CRITIC for name, _ in decoder.named_parameters()):
+    if any(model.of_critic(name) for name, _ in decoder.named_parameters()):
         readers["critic.safetensors"] = load_file
     parts, file = [], folder
     try:

@@ -370,8 +370,12 @@ def settings(cfg: types.SimpleNamespace) -> dict:
     return json.loads(json.dumps(kept))
 
 
+def hashed(settings: dict) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
 def digest(cfg: types.SimpleNamespace) -> str:
-    return hashlib.sha256(json.dumps(settings(cfg), sort_keys=True).encode()).hexdigest()
+    return hashed(settings(cfg))
 
 
 def changes(before: dict, now: dict) -> list[str]:

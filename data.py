@@ -592,6 +592,10 @@ def truncate(example: Example, bos: int | None, max_length: int, max_prompt_leng
 COUNTS = ("read", "used", "truncated", "dropped", "bad", "apart")  # apart: joint ids did not begin with the prompt's
 
 
+def counted(counts: Counter) -> str:
+    return ", ".join(f"{counts[name]:,} {name}" for name in COUNTS)
+
+
 class Stored(Sequence):
     """Examples in a file without a name in a folder, so that rows may be more than memory holds: each is its numbers in JSON, with
     spaces behind up to a multiple of 4 bytes, and its arrays."""
@@ -696,7 +700,7 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
     flush()
     counts["used"] = len(examples)
     if not examples:
-        raise ValueError(f"{paths}: no row left to train on ({', '.join(f'{counts[name]:,} {name}' for name in COUNTS)})")
+        raise ValueError(f"{paths}: no row left to train on ({counted(counts)})")
     return as_dataset(examples, counts)
 
 

@@ -485,7 +485,7 @@ def find_folder(name: str) -> Path:
     if not name:
         raise ValueError("no model is named; set init_from to a folder, a hub name (owner/name), a config file or 'scratch'")
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~", "out/")):
-        parts = sorted(path.name for path in Path(name).glob("checkpoint-*"))
+        parts = sorted((path.name for path in Path(name).glob("checkpoint-*")), key=lambda part: (len(part), part))
         found = f"no config.json there{f', but {parts[-1]}' * bool(parts)}" if Path(name).exists() else "no such folder"
         raise ValueError(f"{name}: {found}; expected a model folder in Hugging Face layout, "
                          f"a hub name (owner/name), a config file (.py) or 'scratch'")
@@ -627,6 +627,11 @@ def check_lengths(decoder: Decoder, dataset, answer: int = 0):
 CRITIC = ("values", "critic")  # what belongs to the critic: a head on the trunk, or a model beside it
 
 
+def of_critic(name: str) -> bool:
+    """Of a parameter's name."""
+    return name.split(".")[0] in CRITIC
+
+
 def architecture(decoder: Decoder) -> dict:
     """What config.json says of the heads, in transformers' words."""
     for stale in ("id2label", "label2id", "num_labels"):
@@ -644,7 +649,7 @@ def save(decoder: Decoder, folder: Path, dtype: torch.dtype, tokenizer_from: Pat
     (id, token) of a reward model's padding, which transformers looks for to find the last token."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: p.detach().to("cpu", dtype) for name, p in decoder.named_parameters()  # shared parameters once
-             if name.split(".")[0] not in CRITIC}
+             if not of_critic(name)}
     if decoder.shape.gpt2:
         state = to_gpt2(state)
         if hasattr(decoder, "score") and decoder.score.out_features > 1:  # transformers' name for it in GPT-2

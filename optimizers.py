@@ -12,7 +12,7 @@ def made(cfg, decoder: model.Decoder) -> torch.optim.AdamW:
     for name, parameter in decoder.named_parameters():
         if parameter.requires_grad:
             matrix, in_block = parameter.dim() > 1, ".layers." in name
-            kind = matrix, name.split(".")[0] in model.CRITIC, cfg.optimizer == "muon" and matrix and in_block
+            kind = matrix, model.of_critic(name), cfg.optimizer == "muon" and matrix and in_block
             groups.setdefault(kind, []).append(parameter)
     given = [{"params": group, "weight_decay": cfg.weight_decay * matrix, "muon": muon,
               "peak": of_critic and cfg.critic_lr or cfg.lr}  # learning rate
@@ -29,7 +29,9 @@ class Muon(torch.optim.AdamW):
         bad = self.found_inf.bool()
         for group in [group for group in self.param_groups if group["muon"]]:
             for p in [p for p in group["params"] if p.grad is not None]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
                 ahead = momentum.lerp(p.grad, 0.05)
                 update = orthogonal(p.grad.lerp(ahead, 0.95)).to(p) * (0.2 * max(p.shape) ** 0.5) + group["weight_decay"] * p
                 momentum.copy_(torch.where(bad, momentum, ahead))

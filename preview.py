@@ -128,13 +128,14 @@ def main(arguments: list[str]):
         dataset = data.load(files or cfg.train_data, kind, tokenizer, cfg)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    counts, examples = dataset.counts, dataset.examples
+    examples = dataset.examples
     print(f"{kind} rows for {'+'.join(cfg.weights)}, tokens of {tokenizer.folder}:")
-    print(", ".join(f"{counts[name]:,} {name}" for name in data.COUNTS) + "\n")
+    print(data.counted(dataset.counts) + "\n")
     for e in examples[:options.rows]:
         print(row(e, tokenizer) + "\n")
     longest = np.array([len(e.prompt) + max(map(len, e.responses), default=0) for e in examples])
-    trained = data.count(examples)["steps"] or data.count(examples)["tokens"]
+    counts = data.count(examples)
+    trained = counts["steps"] or counts["tokens"]
     print(histogram(longest, cfg.max_length))
     if not trained:  # prompts: what is trained is yet to be written
         return

@@ -80,8 +80,7 @@ def answered(options, policy: reward.Scorer, cfg) -> tuple[list[data.Example], l
 
 
 def generate(options, cfg):
-    trees, texts = answered(options, language_model(options.model, cfg), cfg)
-    return [{"prompt": e.row["prompt"], "answers": mine} for e, mine in zip(trees, texts)]
+    return judged(options, language_model(options.model, cfg), None, None, cfg)
 
 
 def typed(text: str, column: int) -> int:
@@ -143,7 +142,7 @@ def score(options, cfg):
     if len(dataset) != dataset.counts["read"]:
         raise ValueError(f"{options.data}: {dataset.counts['read']} rows, of which {len(dataset)} have a response to score; "
                          f"scores would not be in the rows' order")
-    print(f"{options.data}: " + ", ".join(f"{dataset.counts[name]:,} {name}" for name in data.COUNTS), file=sys.stderr)
+    print(f"{options.data}: {data.counted(dataset.counts)}", file=sys.stderr)
     found = scorer.scores(dataset)
     if scorer.stream == "step_logits" and {"labels", "label", "value", "mistake_index"} & first.keys():
         report_steps(found, dataset)

@@ -134,11 +134,11 @@ class Run(NamedTuple):
 
 def train(cfg):
     """One run, from a resolved config to out_dir/model."""
-    machine, digest, out = find_machine(cfg), config.digest(cfg), Path(cfg.out_dir)
+    machine, settings, out = find_machine(cfg), config.settings(cfg), Path(cfg.out_dir)
     say = print if machine.rank == 0 else lambda *_: None
     if out.exists() and any(out.iterdir()) and not cfg.resume:
         raise ValueError(f"out_dir {cfg.out_dir} is not empty; go on with --resume, name another --out_dir, or remove it")
-    if cfg.resume and finished_already(out, cfg, say):
+    if cfg.resume and finished_already(out, settings, say):
         return
     report.check_tracker(cfg.track)
     supply_of = SUPPLIES.get(config.data_kind(cfg), Rows)
@@ -163,7 +163,7 @@ def train(cfg):
         gradient_as_bucket_view=True)
     optimizer = optimizers.made(cfg, decoder)
     trained = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
-    parameters, policy = [*trained.values()], [p for name, p in trained.items() if name.split(".")[0] not in model.CRITIC]
+    parameters, policy = [*trained.values()], [p for name, p in trained.items() if not model.of_critic(name)]
     scaler = torch.amp.GradScaler(machine.device, enabled=machine.dtype == torch.float16)
     skipped = torch.zeros(2, device=machine.device)  # steps that were not finite: all of them, and those in a row up to now
     steps = cfg.max_steps or math.ceil(cfg.epochs * supply.per_epoch)
@@ -232,7 +232,7 @@ def train(cfg):
                          f"{mend}; go on with --resume")
 
     # The loop
-    described = {"digest": digest, "settings": config.settings(cfg), "config": config.as_json(cfg),
+    described = {"digest": config.hashed(settings), "settings": settings, "config": config.as_json(cfg),
                  "rows": {split: dict(rows.counts) for split, rows in run.datasets.items()}}
     record = lambda line: None
     if machine.rank == 0:
@@ -345,7 +345,7 @@ def prepared(cfg, machine: Machine, say: Callable, supply_of) -> tuple[Run, Call
                 for split, paths in (("train", cfg.train_data), ("eval", cfg.eval_data)) if paths}
     prompts = datasets.pop("eval", None) if kind == "prompts" else None
     for split, dataset in datasets.items():
-        say(f"{split} rows: " + ", ".join(f"{dataset.counts[name]:,} {name}" for name in data.COUNTS))
+        say(f"{split} rows: {data.counted(dataset.counts)}")
         model.check_lengths(decoder, dataset, cfg.max_new_tokens)
     prompts = data.load(cfg.eval_prompts, "prompts", tokenizer, cfg, False) if cfg.eval_prompts else prompts
     if prompts:
@@ -378,12 +378,12 @@ def noting_signals(steps: range, told: list[int]) -> Iterator[int]:
             signal.signal(number, handler)
 
 
-def finished_already(out: Path, cfg, say: Callable) -> bool:
-    """Of a run that is to go on. What has changed since is said; another objective is an error, and so is a run that is finished
-    and has nothing to go on from."""
+def finished_already(out: Path, now: dict, say: Callable) -> bool:
+    """Of a run that is to go on, with the settings of now. What has changed since is said; another objective is an error, and so
+    is a run that is finished and has nothing to go on from."""
     found = model.read_json(out / "run.json") if (out / "run.json").is_file() else {}
-    before, now = found.get("settings", {}), config.settings(cfg)
-    changed, finished = config.changes(before, now) if before else [], found.get("finished") and (out / "model").is_dir()
+    before, finished = found.get("settings", {}), found.get("finished") and (out / "model").is_dir()
+    changed = config.changes(before, now) if before else []
     if before and before["weights"] != now["weights"]:
         raise ValueError(f"{out}: {'+'.join(before['weights'])} was trained there, and this is {'+'.join(now['weights'])}; name "
                          f"another --out_dir")
@@ -400,7 +400,8 @@ def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
     """The model folder of another config's run. The run is made first where it is missing, taken up where it was cut
     off, and made again where it came from another config (the old folder is kept under another name)."""
     stage = config.load_stage(path, cfg)
-    out, digest = Path(stage.out_dir), config.digest(stage)
+    out, settings = Path(stage.out_dir), config.settings(stage)
+    digest = config.hashed(settings)
     machine.barrier()
     found = model.read_json(out / "run.json") if (out / "run.json").is_file() else {"digest": None, "finished": False}
     machine.barrier()  # every rank has looked before any of them writes
@@ -410,7 +411,7 @@ def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
     if out.exists() and any(out.iterdir()) and found["digest"] != digest and machine.rank == 0:
         aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.old{i}")).exists())
         out.rename(aside)
-        changed = config.changes(found["settings"], config.settings(stage)) if "settings" in found else ["another config"]
+        changed = config.changes(found["settings"], settings) if "settings" in found else ["another config"]
         say(f"{path}: {out} is kept as {aside}, it was made with other settings: {'; '.join(changed)}")
     machine.barrier()
     say(f"{path}: running this stage first")
