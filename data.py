@@ -813,8 +813,8 @@ def micro_batches(dataset: Dataset, rows: np.ndarray, layout: Layout, rank: int 
 
 
 def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) -> dict:
-    """Examples of one stream -> its tensors (T,), (N,), (R,), (P,) and, on the host, its sizes. last (R,): the place of a
-    response's last token; example, rank (R,): whose response it is, and which one; own (N,): a scored token's own place."""
+    """Examples of one stream -> its tensors (T,), (N,), (R,), (P,) and, on the host, its sizes and members. last (R,): the place of
+    a response's last token; example, rank (R,): whose response it is, and which one; own (N,): a scored token's own place."""
     tokens, positions, spans = [], [], []  # a span: begin, length, begin and length of the prompt it also sees
     columns = {"predict_from": [], "own": [], "target": [], "response": [], "place": [], "scored_index": []}
     lengths, last, chosen, rejected, margin, pair_index, of, rank, at = [], [], [], [], [], [], [], [], 0
@@ -861,10 +861,10 @@ def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) 
                 **{name: np.array(values, np.int64) for name, values in whole.items()}, margin=np.array(margin, np.float32),
                 step_labels=labels, step_mask=~np.isnan(labels),
                 demonstrated=np.array([shown for _, e in members for shown in e.demonstrated], bool))
-    sizes = {"num_responses": len(lengths), "longest": max(lengths, default=1), "num_examples": len(members),
-             "most_responses": max((len(e.responses) for _, e in members), default=1)}
+    known = {"num_responses": len(lengths), "longest": max(lengths, default=1), "num_examples": len(members),
+             "most_responses": max((len(e.responses) for _, e in members), default=1), "members": [i for i, _ in members]}
     flat.update((varlen_segments if layout.varlen else grouped_segments)(spans))
-    return {**sizes, **to_device(flat, layout.device)}
+    return {**known, **to_device(flat, layout.device)}
 
 
 def to_device(values: dict, device: str) -> dict:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -110,7 +111,7 @@ def mismatched_source(run) -> dict[str, Callable]:
 
         def add(batches, epoch):
             rows, table = rows_of(epoch)
-            mine = torch.cat([batch["rows"] for batch in batches]).unique().cpu().numpy()
+            mine = np.array(sorted(i for batch in batches for i in batch["members"]), np.int64)
             parts = {"policy_KL_logps": [], "reference_KL_logps": []}
             with torch.no_grad(), machine.autocast():
                 for batch in data.micro_batches(rows, mine, run.layout)[0]:

@@ -196,7 +196,7 @@ class Scorer:
                 values = [[] for _ in range(batch["num_examples"])]
                 for of, value in zip(batch["example"].tolist(), self.say(batch, made)):
                     values[of].append(value)
-                for index, row in zip(dict.fromkeys(batch["rows"].tolist()), values):
+                for index, row in zip(batch["members"], values):
                     found[index] = row
         return found
 
