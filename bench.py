@@ -375,13 +375,33 @@ def packed_logps(decoder, dataset, layout, head: str) -> torch.Tensor:
     return torch.zeros_like(sums).index_put((place,), sums).view(-1, 2).t()
 
 
+def needed(decoder, examples: list) -> float:
+    """FLOPs that forward and backward cannot do without: the blocks' matrices on every token, prompts counted once, the head on
+    scored tokens, attention between tokens that see each other. Nothing that is made again, no padding, no reference."""
+    spans = [(n, seen) for e in examples for n, seen in [(len(e.prompt), 0), *((len(r), len(e.prompt)) for r in e.responses)]]
+    matrices = sum(p.numel() for p in decoder.model.layers.parameters() if p.dim() > 1)
+    seen = sum(n * before + n * (n + 1) / 2 for n, before in spans)
+    attention = 2 * decoder.shape.num_layers * decoder.shape.num_heads * decoder.shape.head_dim * seen
+    scored = sum(int(mask.sum()) for e in examples for mask in e.scored)
+    return 6 * (matrices * sum(n for n, _ in spans) + attention + decoder.lm_head.weight.numel() * scored)
+
+
+def matmul_speed(dtype: torch.dtype, device: str) -> float:
+    """FLOPs a second of one large matrix product."""
+    size = 8192 if device == "cuda" else 2048
+    x = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / measure({"matmul": lambda: x @ x}, device, 9, 0.5)["matmul"][0]
+
+
 def bench_dpo(o):
     """The ladder: what each of our ways adds to the usual step, forward, backward and AdamW."""
     if not o.model:
         raise SystemExit("dpo needs --model, a model folder")
     count = o.pairs or 8
-    print(f"A DPO step of {count} pairs, {o.model}, {o.dtype}, {where(o.device)}; loss and gradient: against the padded step's.\n")
-    print("| lengths | step | seconds | ratio | peak, MB | loss | gradient |\n|---|---|---|---|---|---|---|")
+    speed = o.peak * 1e12 or matmul_speed(getattr(torch, o.dtype), o.device)
+    print(f"A DPO step of {count} pairs, {o.model}, {o.dtype}, {where(o.device)}; loss and gradient: against the padded step's; MFU: "
+          f"FLOPs that are needed, of the {speed / 1e9:,.0f} GFLOP/s of {'the device' if o.peak else 'a matmul'}.\n")
+    print("| lengths | step | seconds | ratio | MFU | peak, MB | loss | gradient |\n|---|---|---|---|---|---|---|---|")
     path = model.find_folder(o.model)
     decoder, frozen = (model.load(path)[0].to(o.device, getattr(torch, o.dtype)) for _ in range(2))
     for p in frozen.requires_grad_(False).parameters():  # another model than the policy, so that the loss is not log 2
@@ -428,11 +448,11 @@ def bench_dpo(o):
             true = true or (loss, grad)  # the padded step's
             error[name] = (abs(loss - true[0]), ((grad - true[1]).norm() / true[1].norm()).item())
             optimizer.zero_grad()
-        seconds = {name: statistics.median(found) for name, found in times.items()}
-        for name in ways:
+        seconds, least = {name: statistics.median(found) for name, found in times.items()}, needed(decoder, dataset.examples) / speed
+        for name, took in seconds.items():
             off = "{:.0e} | {:.0e}".format(*error[name])
-            ratio = seconds["padded, as usual"] / seconds[name]
-            print(f"| {kind} | {name} | {seconds[name]:.2f} | {ratio:.2f}x | {memory[name]:,.0f} | {off} |", flush=True)
+            fast = f"{took:.2f} | {seconds['padded, as usual'] / took:.2f}x | {least / took:.0%}"
+            print(f"| {kind} | {name} | {fast} | {memory[name]:,.0f} | {off} |", flush=True)
     print("\n| lengths | steps of | padding of compiled streams |\n|---|---|---|")
     for kind, make in made.items():
         dataset = make(1024)
@@ -463,7 +483,8 @@ WORK = {"dpo": Work("dpo", "DPO", "float32", {}, as_pair, as_pair),
         "reward": Work("rm", "Reward", "float32", {}, as_pair, as_pair),
         "kto": Work("kto", "KTO", "float32", {}, as_labelled, as_pair),  # here it takes pairs, too
         "sft": Work("sft", "SFT", "float32", {}, as_answer, as_answer),
-        "sft+packing": Work("sft", "SFT", "float32", {"packing": True}, as_answer, as_answer)}
+        "sft+packing": Work("sft", "SFT", "float32", {"packing": True}, as_answer, as_answer),
+        "sft+packing+bf16": Work("sft", "SFT", "bfloat16", {"packing": True}, as_answer, as_answer)}
 
 
 class Cost(NamedTuple):
@@ -472,7 +493,7 @@ class Cost(NamedTuple):
     memory: float  # GB, the process's peak
 
 
-def in_trl(name: str, folder: str, pairs: list, batch: int, device: str) -> Cost:
+def in_trl(name: str, folder: str, pairs: list, batch: int, device: str, options: str) -> Cost:
     work = WORK[name]
     os.environ.update(HF_HUB_OFFLINE="1", TRL_TELEMETRY="0", TOKENIZERS_PARALLELISM="false")
     import datasets
@@ -502,7 +523,7 @@ def in_trl(name: str, folder: str, pairs: list, batch: int, device: str) -> Cost
                  logging_steps=1, gradient_checkpointing=False, bf16=work.dtype == "bfloat16", use_cpu=device == "cpu",
                  disable_tqdm=True, optim="adamw_torch_fused", weight_decay=0.0)
     trainer = getattr(trl, f"{work.trainer}Trainer")(
-        model=policy, args=getattr(trl, f"{work.trainer}Config")(**given, **work.theirs),
+        model=policy, args=getattr(trl, f"{work.trainer}Config")(**{**given, **work.theirs, **json.loads(options)}),
         train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()])
     trainer.train()
     return Cost(spent["steps"], spent["reference"], highest(device))
@@ -570,12 +591,12 @@ def bench_trl(o):
     pairs = pairs[::max(1, len(pairs) // count)][:count]
     versions = ", ".join(f"{name} {importlib.import_module(name).__version__}" for name in ("trl", "transformers"))
     print(f"{len(pairs)} pairs in steps of {batch}, {where(o.device)}, {versions}; seconds a pair and GB, here with "
-          f"`{o.options or 'defaults'}`.\n")
+          f"`{o.options or 'defaults'}`, there with {o.theirs}.\n")
     print("| work | TRL | here | ratio | TRL, GB | here, GB | ratio |\n|---|---|---|---|---|---|---|")
     for name in WORK:
         if o.only and name not in o.only.split(","):
             continue
-        theirs, ours = zip(*((alone(in_trl, name, str(path), pairs, batch, o.device),
+        theirs, ours = zip(*((alone(in_trl, name, str(path), pairs, batch, o.device, o.theirs),
                               alone(in_ours, name, str(path), pairs, batch, o.device, o.options)) for _ in range(o.rounds)))
         ways = {"": lambda cost: cost.steps}
         if any(cost.reference for cost in ours):
@@ -776,6 +797,8 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=1000, help="precision: of a run")
     parser.add_argument("--pairs", type=int, default=0, help="dpo: of a step (8); trl: of an epoch (16)")
     parser.add_argument("--options", default="", help="trl, ranks: of the runs here, e.g. '--micro_batch_tokens=1024'")
+    parser.add_argument("--theirs", default="{}", help="trl: changes to its config, e.g. '{\"use_liger_kernel\": true}'")
     parser.add_argument("--dtype", default="float32", help="dpo: of weights and compute")
+    parser.add_argument("--peak", type=float, default=0, help="dpo: the device's TFLOP/s; default: those of a matmul")
     options = parser.parse_args()
     BENCHES[options.what](options)

@@ -539,21 +539,19 @@ def tokenize(drafts: list[tuple], tokenizer: Tokenizer, mode: str, counts: Count
                 all_labels.append(labels)
                 continue
             joint = next(encodings) if mode == "joint" or not prompt else None
-            if joint and joint.ids[:n] == prompt_ids:
-                ids, offsets, begin = joint.ids[n:], joint.offsets[n:] if spans else (), len(prompt)
+            if joint and (joint_ids := joint.ids)[:n] == prompt_ids:
+                ids, offsets, begin = joint_ids[n:], joint.offsets[n:] if spans else (), len(prompt)
             else:
                 counts["apart"] += mode == "joint"
                 (ids, offsets), begin = tokenizer.continuation(text), 0
-            if spans is None:
-                scored, closed = np.ones(len(ids), bool), text.endswith(tokenizer.eos_token)
-            else:  # a token is trained if any of its characters is the assistant's
+            closed = text.endswith(tokenizer.eos_token) if spans is None else bool(ids) and ids[-1] in tokenizer.special
+            scored = np.ones(len(ids) + (not closed), bool)
+            if spans is not None:  # a token is trained if any of its characters is the assistant's
                 starts, ends = np.array(offsets, int).reshape(-1, 2).T - begin
-                scored, closed = np.zeros(len(ids), bool), bool(ids) and ids[-1] in tokenizer.special
+                scored[:len(ids)] = False
                 for first, last in spans:
-                    scored |= (ends > first) & (starts < last)
-            if not closed:
-                ids, scored = [*ids, tokenizer.eos], np.append(scored, True)
-            all_ids.append(np.array(ids, np.int32))
+                    scored[:len(ids)] |= (ends > first) & (starts < last)
+            all_ids.append(np.array(ids if closed else [*ids, tokenizer.eos], np.int32))
             all_scored.append(scored)
         text = isinstance(draft.prompt, str)  # a template writes its own BOS
         if text and tokenizer.adds_bos and prompt_ids[:1] != [tokenizer.bos] or not prompt_ids:
@@ -650,10 +648,15 @@ class Dataset(NamedTuple):
         return len(self.examples)
 
 
-def as_dataset(examples: Sequence, counts: Counter) -> Dataset:
-    sizes = ((e.length, sum(int(mask.sum()) for mask in e.scored), len(e.chosen), 2 * bool(e.chosen) + bool(e.rejected))
-             for e in examples)
-    lengths, scored, pairs, kinds = np.fromiter(sizes, np.dtype((np.int64, 4)), len(examples)).T
+def sizes_of(e: Example) -> tuple[int, int, int, int]:
+    """Its tokens, scored tokens, pairs and kind."""
+    return e.length, sum(np.count_nonzero(mask) for mask in e.scored), len(e.chosen), 2 * bool(e.chosen) + bool(e.rejected)
+
+
+def as_dataset(examples: Sequence, counts: Counter, sizes: Sequence = ()) -> Dataset:
+    """sizes: `sizes_of` all examples, one behind the other, where that is known."""
+    sizes = np.array(sizes or [n for e in examples for n in sizes_of(e)], np.int64)
+    lengths, scored, pairs, kinds = sizes.reshape(-1, 4).T
     before = lambda sizes: np.concatenate([[0], np.cumsum(sizes)])
     return Dataset(examples, lengths, before(scored), before(pairs), kinds, counts)
 
@@ -661,7 +664,7 @@ def as_dataset(examples: Sequence, counts: Counter) -> Dataset:
 def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: bool = True) -> Dataset:
     """Read, tokenize and truncate every row; a malformed one stops the run unless bad_rows = "skip"."""
     train_on, chat, counts = cfg.train_on or TRAIN_ON[kind], bool(tokenizer.chat_template), Counter()
-    examples, drafts, rows, longest_prompt = Stored(cfg.cache_dir), [], {}, cfg.max_prompt_length
+    examples, sizes, drafts, rows, longest_prompt = Stored(cfg.cache_dir), array.array("q"), [], {}, cfg.max_prompt_length
     if kind == "prompts":  # the answer wants room
         longest_prompt = min(longest_prompt or cfg.max_length, cfg.max_length - cfg.max_new_tokens)
         if longest_prompt < 1:
@@ -673,6 +676,7 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
             example = truncate(example, tokenizer.bos, cfg.max_length, longest_prompt, cfg.truncation, counts)
             if example is not None:
                 examples.append(example._replace(row=rows.get(example.where)))
+                sizes.extend(sizes_of(example))
         drafts.clear()
         rows.clear()
 
@@ -701,7 +705,7 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
     counts["used"] = len(examples)
     if not examples:
         raise ValueError(f"{paths}: no row left to train on ({counted(counts)})")
-    return as_dataset(examples, counts)
+    return as_dataset(examples, counts, sizes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import re
+import signal
 import sys
 import textwrap
 import types
@@ -282,4 +283,5 @@ def main(arguments: list[str]):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it
     main(sys.argv[1:])

@@ -600,6 +600,7 @@ def peak_memory_gb(machine: Machine) -> float:
 
 def main(arguments: list[str]):
     if "--help" in arguments or "-h" in arguments:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it
         return print(config.help_text())
     try:
         train(config.load(arguments))
