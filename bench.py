@@ -399,8 +399,8 @@ def bench_dpo(o):
         raise SystemExit("dpo needs --model, a model folder")
     count = o.pairs or 8
     speed = o.peak * 1e12 or matmul_speed(getattr(torch, o.dtype), o.device)
-    print(f"A DPO step of {count} pairs, {o.model}, {o.dtype}, {where(o.device)}; loss and gradient: against the padded step's; MFU: "
-          f"FLOPs that are needed, of the {speed / 1e9:,.0f} GFLOP/s of {'the device' if o.peak else 'a matmul'}.\n")
+    print(f"A DPO step of {count} pairs, {o.model}, {o.dtype}, {where(o.device)}; loss and gradient: against the padded step's; "
+          f"MFU: FLOPs that are needed, of {'the device' if o.peak else 'a matmul'}'s {speed / 1e9:,.0f} GFLOP/s.\n")
     print("| lengths | step | seconds | ratio | MFU | peak, MB | loss | gradient |\n|---|---|---|---|---|---|---|---|")
     path = model.find_folder(o.model)
     decoder, frozen = (model.load(path)[0].to(o.device, getattr(torch, o.dtype)) for _ in range(2))
@@ -448,10 +448,11 @@ def bench_dpo(o):
             true = true or (loss, grad)  # the padded step's
             error[name] = (abs(loss - true[0]), ((grad - true[1]).norm() / true[1].norm()).item())
             optimizer.zero_grad()
-        seconds, least = {name: statistics.median(found) for name, found in times.items()}, needed(decoder, dataset.examples) / speed
+        seconds = {name: statistics.median(found) for name, found in times.items()}
         for name, took in seconds.items():
             off = "{:.0e} | {:.0e}".format(*error[name])
-            fast = f"{took:.2f} | {seconds['padded, as usual'] / took:.2f}x | {least / took:.0%}"
+            share = needed(decoder, dataset.examples) / speed / took
+            fast = f"{took:.2f} | {seconds['padded, as usual'] / took:.2f}x | {share:.0%}"
             print(f"| {kind} | {name} | {fast} | {memory[name]:,.0f} | {off} |", flush=True)
     print("\n| lengths | steps of | padding of compiled streams |\n|---|---|---|")
     for kind, make in made.items():

@@ -716,15 +716,19 @@ def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
     return -(-len(dataset) // batch_size)
 
 
-def step_rows(dataset: Dataset, step: int, batch_size: int, seed: int) -> np.ndarray:
-    """Indices of the examples of an optimizer step: a function of (seed, step). Each epoch is its own shuffle, in which
-    desirable and undesirable rows take turns by their shares; the last step of an epoch is what is left."""
-    epoch, at = divmod(step, steps_per_epoch(dataset, batch_size))
+def epoch_order(dataset: Dataset, epoch: int, seed: int) -> np.ndarray:
+    """Each epoch is its own shuffle, in which desirable and undesirable rows take turns by their shares."""
     order = np.random.default_rng((seed, epoch)).permutation(len(dataset))
     kinds, turn = dataset.kinds[order], np.empty(len(order))
     for members in (np.flatnonzero(kinds == kind) for kind in np.unique(kinds)):
         turn[members] = (np.arange(len(members)) + 0.5) / len(members)
-    return order[np.argsort(turn, kind="stable")][at * batch_size:(at + 1) * batch_size]
+    return order[np.argsort(turn, kind="stable")]
+
+
+def step_rows(dataset: Dataset, step: int, batch_size: int, seed: int) -> np.ndarray:
+    """Indices of the examples of an optimizer step: a function of (seed, step). The last step of an epoch is what is left."""
+    epoch, at = divmod(step, steps_per_epoch(dataset, batch_size))
+    return epoch_order(dataset, epoch, seed)[at * batch_size:(at + 1) * batch_size]
 
 
 def mismatched(dataset: Dataset, seed: int, epoch: int) -> Dataset:
@@ -817,8 +821,8 @@ def micro_batches(dataset: Dataset, rows: np.ndarray, layout: Layout, rank: int 
 
 
 def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) -> dict:
-    """Examples of one stream -> its tensors (T,), (N,), (R,), (P,) and, on the host, its sizes and members. last (R,): the place of
-    a response's last token; example, rank (R,): whose response it is, and which one; own (N,): a scored token's own place."""
+    """Examples of one stream -> its tensors (T,), (N,), (R,), (P,) and, on the host, its sizes and members. last (R,): where a
+    response's last token is; example, rank (R,): whose response it is, and which one; own (N,): a scored token's own place."""
     tokens, positions, spans = [], [], []  # a span: begin, length, begin and length of the prompt it also sees
     columns = {"predict_from": [], "own": [], "target": [], "response": [], "place": [], "scored_index": []}
     lengths, last, chosen, rejected, margin, pair_index, of, rank, at = [], [], [], [], [], [], [], [], 0
@@ -891,11 +895,11 @@ def varlen_segments(spans: list) -> dict:
 
 def grouped_segments(spans: list) -> dict:
     """Index tensors of grouped attention: segments whose query and key lengths round up to the same size share one
-    padded call; offset is the number of keys before a segment's first query."""
+    padded call; a segment's offset is the number of keys before its first query."""
     groups = {}
     for span in spans:
         groups.setdefault((rounded(span[1]), rounded(span[1] + span[3])), []).append(span)
-    index_q, index_k, shapes, at = [], [], [], 0
+    index_q, index_k, shapes, offsets, at = [], [], [], [], 0
     inverse = np.empty(sum(span[1] for span in spans), np.int64)
     for members in groups.values():
         begin, n, prompt, shared = np.array(members).T[..., None]  # (B, 1) each
@@ -908,9 +912,10 @@ def grouped_segments(spans: list) -> dict:
         index_q.append(np.where(real, begin + place, begin).ravel())
         inverse[(begin + place)[real]] = at + np.flatnonzero(real)
         at += real.size
-        shapes.append((len(members), length_q, length_k, torch.from_numpy(shared[:, 0].copy())))
+        shapes.append((len(members), length_q, length_k))
+        offsets.append(shared[:, 0])
     return {"group_q": np.concatenate(index_q), "group_k": np.concatenate(index_k), "group_inverse": inverse,
-            "groups": shapes, "masks": {}}
+            "group_offset": np.concatenate(offsets), "groups": shapes, "masks": {}}
 
 
 def rounded(length: int) -> int:

@@ -184,17 +184,18 @@ def _varlen(q, k, v, batch, window):
 def _grouped(q, k, v, batch, window):
     """Segments of similar lengths side by side in one padded SDPA call per group: any device, any dtype."""
     q, k, v = q.index_select(0, batch["group_q"]), k.index_select(0, batch["group_k"]), v.index_select(0, batch["group_k"])
-    out, at_q, at_k = [], 0, 0
-    for rows, length_q, length_k, offset in batch["groups"]:  # offset (B,): keys before the first query
-        blocks = [x[at:at + rows * length].view(rows, length, -1, x.shape[-1]).transpose(1, 2)  # (B, H, L, E)
-                  for x, at, length in ((q, at_q, length_q), (k, at_k, length_k), (v, at_k, length_k))]
-        at_q, at_k = at_q + rows * length_q, at_k + rows * length_k
-        mask = batch["masks"].get((at_q, window))  # the same for every layer
+    out, at_q, at_k, at = [], 0, 0, 0
+    for rows, length_q, length_k in batch["groups"]:
+        blocks = [x[begin:begin + rows * length].view(rows, length, -1, x.shape[-1]).transpose(1, 2)  # (B, H, L, E)
+                  for x, begin, length in ((q, at_q, length_q), (k, at_k, length_k), (v, at_k, length_k))]
+        offset = batch["group_offset"][at:at + rows, None, None]  # keys before the first query
+        at_q, at_k, at = at_q + rows * length_q, at_k + rows * length_k, at + rows
+        mask = batch["masks"].get((at, window))  # the same for every layer
         if mask is None:
-            place = torch.arange(length_q, device=q.device)[:, None] + offset.to(q.device)[:, None, None]  # (B, Lq, 1)
+            place = torch.arange(length_q, device=q.device)[:, None] + offset  # (B, Lq, 1)
             distance = place - torch.arange(length_k, device=q.device)  # (B, Lq, Lk), both as places among the keys
             mask = (distance >= 0) & (distance < window if window else True)
-            mask = batch["masks"][at_q, window] = mask[:, None]
+            mask = batch["masks"][at, window] = mask[:, None]
         attended = F.scaled_dot_product_attention(*blocks, attn_mask=mask, enable_gqa=True)
         out.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(out).index_select(0, batch["group_inverse"])
@@ -327,7 +328,7 @@ def step_head(decoder, hidden, batch, wanted):
     vocabulary."""
     with torch.autocast(hidden.device.type, enabled=False):
         if decoder.reward_tokens:
-            weight = decoder.lm_head.weight[list(decoder.reward_tokens)]
+            weight = torch.stack([decoder.lm_head.weight[i] for i in decoder.reward_tokens])  # an index would be a copy
             return {"step_logits": F.linear(hidden.index_select(0, batch["own"]).to(weight.dtype), weight)}
         return {"step_logits": decoder.score(hidden.index_select(0, batch["own"]).to(decoder.score.weight.dtype))}
 

@@ -154,7 +154,7 @@ def step_source(decoder, terms: list, outputs: list[str], machine) -> Callable:
                     for available in ({**batch, **decoder(batch, outputs)} for batch in batches)]
         for name in [name for name, own in mine[0].items() if own.dim() > 1]:
             raise ValueError(f"{name} has shape {tuple(mine[0][name].shape)}: a coupled loss reads (n,) and () tensors alone")
-        parts = int(machine.sum(torch.tensor(float(len(batches)), device=machine.device)))
+        parts = sum(machine.share(len(batches)))
         others = [{} for _ in batches]
         for name in [name for name in wanted if mine[0][name].dim()]:  # a number is the same in every micro-batch
             own = [readings[name] for readings in mine]

@@ -426,8 +426,9 @@ class Rows:
     provides, metrics, rewards = frozenset(), {}, None
 
     def __init__(self, run: Run, folder_of: Callable):
-        self.dataset, self.size, self.seed = run.datasets["train"], run.cfg.batch_size, run.cfg.seed
+        self.dataset, self.size = run.datasets["train"], run.cfg.batch_size
         self.per_epoch = data.steps_per_epoch(self.dataset, self.size)
+        self.order = functools.lru_cache(1)(lambda epoch: data.epoch_order(self.dataset, epoch, run.cfg.seed))
 
     @staticmethod
     def stream_length(datasets: dict, cfg) -> int:
@@ -435,7 +436,8 @@ class Rows:
 
     def rows(self, step: int):
         """The dataset and the examples of a step, counted from 0."""
-        return self.dataset, data.step_rows(self.dataset, step, self.size, self.seed)
+        epoch, nth = divmod(step, self.per_epoch)
+        return self.dataset, self.order(epoch)[nth * self.size:(nth + 1) * self.size]
 
     def add(self, batches: list[dict], epoch: int):
         """No columns."""

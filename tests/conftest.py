@@ -30,9 +30,9 @@ TINY = {
 }
 
 
-def tiny(family: str = "llama", dtype=torch.float32, **changes) -> model.Decoder:
+def tiny(family: str = "llama", dtype=torch.float32, heads: dict = model.LANGUAGE, **changes) -> model.Decoder:
     """A scratch model whose weights are large enough that attention and positions matter."""
-    decoder = model.scratch({"model_type": family, **TINY[family], **changes}, seed=0)
+    decoder = model.scratch({"model_type": family, **TINY[family], **changes}, 0, heads)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in decoder.parameters():

@@ -680,7 +680,7 @@ def test_build_pads_streams_alone(members, tokens, length):
     bare, batch = (data.build(members, dataset, layout(tokens, static)) for static in (False, True))
     assert len(batch["tokens"]) == len(batch["positions"]) == length
     assert len(bare["tokens"]) == max(1, sum(e.length for _, e in members))
-    for name in {*bare} - {"tokens", "positions", "groups", "group_q", "group_k", "group_inverse", "masks"}:
+    for name in {*bare} - {"tokens", "positions", "groups", "group_q", "group_k", "group_inverse", "group_offset", "masks"}:
         np.testing.assert_array_equal(batch[name], bare[name], name)
 
 
