@@ -1122,7 +1122,8 @@ class Projected(NamedTuple):
 
     def rows(self, start: int, stop: int) -> Tensor:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return self.hidden[start:stop].to(dtype) @ self.weight.to(dtype).t()
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            return self.hidden[start:stop].to(dtype) @ self.weight.to(dtype).t()
 
 
 class TopLogits(NamedTuple):

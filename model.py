@@ -400,7 +400,7 @@ class Decoder(nn.Module):
     def compile_blocks(self):
         """Compile in place: parameter names stay clean, and all layers and lengths of streams share one graph per half. (Which
         one a stream gets may not depend on those before it: a resumed run has others.)"""
-        self.compiled = True
+        self.compiled, torch._dynamo.config.optimize_ddp = True, False  # which would split graphs that are halves of a block
         for block in self.model.layers:
             block.before = torch.compile(block.before, fullgraph=True, dynamic=True)
             block.after = torch.compile(block.after, fullgraph=True, dynamic=True)
@@ -608,6 +608,10 @@ def load_model(cfg, machine, name: str, tokenizer, outputs: list[str]) -> tuple[
     if decoder.shape.vocab_size < tokenizer.fast.get_vocab_size():
         raise ValueError(f"{name}: {decoder.shape.vocab_size} embeddings, and {tokenizer.folder} has "
                          f"{tokenizer.fast.get_vocab_size()} tokens")
+    low = machine.device == "cuda" and machine.dtype in (torch.bfloat16, torch.float16)
+    if low and (decoder.shape.head_dim % 8 or decoder.shape.head_dim > 256):
+        raise ValueError(f"{name}: heads of {decoder.shape.head_dim}; on CUDA, 16-bit attention takes multiples of 8 up to 256: "
+                         f"--dtype=float32")
     decoder = decoder.to(machine.device, torch.float64 if machine.dtype == torch.float64 else torch.float32)
     if machine.compiled:
         decoder.compile_blocks()

@@ -86,7 +86,7 @@ def teacher_source(run) -> dict[str, Callable]:
         return {"top": torch.cat([p.values for p in parts]), "index": torch.cat([p.indices for p in parts]).int()}
 
     def of(dataset):
-        what = f"teacher's top {cfg.teacher_top_k} logits"
+        what = f"teacher's {cfg.teacher_top_k} highest logits"
         tables = precomputed(run, dataset, what, load, highest, fingerprint(run.teacher, cfg))
 
         def add(batches, epoch):

@@ -20,6 +20,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,8 +97,11 @@ def find_machine(cfg) -> Machine:
         raise ValueError("device = 'cuda', and torch finds no CUDA device; install a CUDA build of torch, or --device=cpu")
     if "RANK" in os.environ and not dist.is_initialized():  # torchrun
         if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo")
+            own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(own)
+            dist.init_process_group("nccl", timeout=timedelta(hours=2), device_id=own)  # the others wait while rank 0 writes
+        else:
+            dist.init_process_group("gloo")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return Machine(rank, world, device, getattr(torch, dtype), cuda if cfg.compile == "auto" else cfg.compile)
 

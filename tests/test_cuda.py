@@ -13,21 +13,26 @@ from test_train import SMALL, lines, options
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "mistral", "qwen2"])
 def test_both_attention_paths_agree_with_the_cpu(family):
-    """Log-probs of packed trees: the variable-length kernel in bf16, grouped SDPA in bf16 and in fp32, against fp32 on the CPU."""
+    """Log-probs of packed trees and the gradient of their sum: grouped SDPA in fp32 and the variable-length kernel in bf16, against
+    fp32 on the CPU."""
     dataset = as_dataset(random_trees(np.random.default_rng(0), 12, 97))
     decoder = model.scratch({"model_type": family, **TINY[family]}, 0)
     tokens = int(dataset.lengths.sum())
 
-    def log_probs(device, varlen, dtype):
+    def of(device, varlen, dtype):
         (batch,), _ = data.micro_batches(dataset, np.arange(12), data.Layout(tokens, varlen, False, device))
-        with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            return decoder.to(device)(batch, ["log_probs"])["log_probs"].float().cpu()
-    exact = log_probs("cpu", False, torch.float32)
-    assert (log_probs("cuda", False, torch.float32) - exact).abs().max() < 1e-4
-    grouped, varlen = log_probs("cuda", False, torch.bfloat16), log_probs("cuda", True, torch.bfloat16)
-    assert (grouped - exact).abs().max() < 0.1 and (varlen - exact).abs().max() < 0.1
+        decoder.to(device).zero_grad()
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            log_probs = decoder(batch, ["log_probs"])["log_probs"]
+        log_probs.sum().backward()
+        grad = torch.cat([p.grad.flatten() for p in decoder.parameters()])
+        return log_probs.detach().cpu(), grad.cpu()
+    exact, true = of("cpu", False, torch.float32)
+    for varlen, dtype, within, off in ((False, torch.float32, 1e-4, 1e-3), (True, torch.bfloat16, 0.1, 0.05)):
+        log_probs, grad = of("cuda", varlen, dtype)
+        assert (log_probs - exact).abs().max() < within and (grad - true).norm() < off * true.norm()
 
 
 @pytest.mark.parametrize("name", ["dpo", "sft", "kto", "rm", "prm", "ppo", "kd"])
@@ -50,10 +55,10 @@ def test_no_wait_and_no_recompilation_after_the_first_steps(name, tmp_path, monk
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         return rate(cfg, peak, step, steps)
     monkeypatch.setattr(train, "learning_rate", watched)
-    wide = {**SMALL, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}  # heads of 16: the kernel's least
+    wide = {**SMALL, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
     try:
         train.train(config.load(options(tmp_path, name, scratch=wide, device="cuda", dtype="bfloat16", save_dtype="bfloat16", compile=True,
-                                        max_steps=12, log_every=12)))
+                                        max_steps=12, log_every=12, micro_batch_tokens=4096)))  # one response alone is a graph
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(graphs) >= 12 and graphs[len(graphs) // 2] == graphs[-1]

@@ -104,6 +104,14 @@ def test_a_run_starts_with_the_loss_of_whole_logits(tmp_path, monkeypatch):
     assert lines(tmp_path / "live")[0]["kl"] == pytest.approx(torch.cat(kls).mean().item(), rel=1e-9)
 
 
+def test_top_logits_are_those_of_the_live_teacher_under_autocast(tmp_path, monkeypatch):
+    """In bf16 compute, too, logits are fp32: kept or made in the step, to fp32's last bits."""
+    monkeypatch.chdir(ROOT)
+    for out, k in (("live", 0), ("top", 16)):
+        train.train(config.load(options(tmp_path, "kd", out, teacher_top_k=k, max_steps=1, dtype="bfloat16")))
+    assert lines(tmp_path / "top")[0]["kl"] == pytest.approx(lines(tmp_path / "live")[0]["kl"], abs=1e-5)
+
+
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     given = options(tmp_path, "kd", max_steps=1, alpha=1.0)
