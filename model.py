@@ -328,7 +328,8 @@ def step_head(decoder, hidden, batch, wanted):
     vocabulary."""
     with torch.autocast(hidden.device.type, enabled=False):
         if decoder.reward_tokens:
-            weight = torch.stack([decoder.lm_head.weight[i] for i in decoder.reward_tokens])  # an index would be a copy
+            rows = torch.where(torch.arange(2, device=hidden.device) == 0, *decoder.reward_tokens)  # on the device without a copy
+            weight = decoder.lm_head.weight.index_select(0, rows)
             return {"step_logits": F.linear(hidden.index_select(0, batch["own"]).to(weight.dtype), weight)}
         return {"step_logits": decoder.score(hidden.index_select(0, batch["own"]).to(decoder.score.weight.dtype))}
 
@@ -400,7 +401,8 @@ class Decoder(nn.Module):
     def compile_blocks(self):
         """Compile in place: parameter names stay clean, and all layers and lengths of streams share one graph per half. (Which
         one a stream gets may not depend on those before it: a resumed run has others.)"""
-        self.compiled, torch._dynamo.config.optimize_ddp = True, False  # which would split graphs that are halves of a block
+        self.compiled = True
+        torch._dynamo.config.optimize_ddp = False  # it would split graphs that are halves of a block
         for block in self.model.layers:
             block.before = torch.compile(block.before, fullgraph=True, dynamic=True)
             block.after = torch.compile(block.after, fullgraph=True, dynamic=True)
