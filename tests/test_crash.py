@@ -334,7 +334,11 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", sorted(n for n, o in losses.OBJECTIVES.items() if o.data != "prompts"))
+WIRINGS = ("sft", "dpo", "simpo", "rm", "rm_plackett_luce", "prm", "bco_pair", "kto", "kd", "aot")  # the others under -m slow
+
+
+@pytest.mark.parametrize("name", [name if name in WIRINGS else pytest.param(name, marks=pytest.mark.slow)
+                                  for name, o in losses.OBJECTIVES.items() if o.data != "prompts"])
 def test_steps_do_not_ask_the_device(name, tmp_path, monkeypatch):
     """Between two log lines no operation reads a value back, whether a step is finite or not (here every third one is not); at the line one does."""
     monkeypatch.chdir(ROOT)
