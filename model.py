@@ -610,8 +610,7 @@ def load_model(cfg, machine, name: str, tokenizer, outputs: list[str]) -> tuple[
     if decoder.shape.vocab_size < tokenizer.fast.get_vocab_size():
         raise ValueError(f"{name}: {decoder.shape.vocab_size} embeddings, and {tokenizer.folder} has "
                          f"{tokenizer.fast.get_vocab_size()} tokens")
-    low = machine.device == "cuda" and machine.dtype in (torch.bfloat16, torch.float16)
-    if low and (decoder.shape.head_dim % 8 or decoder.shape.head_dim > 256):
+    if machine.layout(0).varlen and (decoder.shape.head_dim % 8 or decoder.shape.head_dim > 256):
         raise ValueError(f"{name}: heads of {decoder.shape.head_dim}; on CUDA, 16-bit attention takes multiples of 8 up to 256: "
                          f"--dtype=float32")
     decoder = decoder.to(machine.device, torch.float64 if machine.dtype == torch.float64 else torch.float32)

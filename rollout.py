@@ -389,7 +389,7 @@ class Rollouts:
     def draw(self, places: range, clock: Counter) -> list[Group]:
         """The prompts at these places of the run: each rank answers and rewards its share, then all are on every rank."""
         cfg, machine, begin = self.cfg, self.machine, time.perf_counter()
-        orders = {epoch: data.step_rows(self.prompts, epoch, len(self.prompts), cfg.seed)
+        orders = {epoch: data.epoch_order(self.prompts, epoch, cfg.seed)
                   for epoch in {place // len(self.prompts) for place in places}}
         chosen = [int(orders[place // len(self.prompts)][place % len(self.prompts)]) for place in places]
         share = slice(machine.rank, None, machine.world)
