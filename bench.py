@@ -357,7 +357,7 @@ def padded_logps(decoder, examples: list) -> torch.Tensor:
     hidden = decoder.model(tokens.flatten(), torch.arange(longest, device=device).repeat(len(rows)), attend)
     logits = decoder.lm_head(hidden).view(*tokens.shape, -1)
     logps = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-    return (logps * scored[:, 1:]).sum(-1).view(2, -1)
+    return (logps * scored[:, 1:]).sum(-1, dtype=torch.float64).view(2, -1)
 
 
 def packed_logps(decoder, dataset, layout, head: str) -> torch.Tensor:
@@ -370,7 +370,7 @@ def packed_logps(decoder, dataset, layout, head: str) -> torch.Tensor:
         hidden, at = decoder.hidden(batch), batch["predict_from"]
         logits = decoder.lm_head(hidden if head == "all" else hidden[at]).log_softmax(-1)
         logps = (logits[at] if head == "all" else logits).gather(1, batch["target"][:, None])[:, 0]
-    sums, single = losses.by_response(batch, logps).sum(-1), len(dataset.examples[0].responses) == 1
+    sums, single = losses.sums(batch, logps), len(dataset.examples[0].responses) == 1
     place = batch["rows"] if single else 2 * batch["rows"] + batch["rank"]
     return torch.zeros_like(sums).index_put((place,), sums).view(-1, 2).t()
 
@@ -631,7 +631,7 @@ def step_of(length: int, pairs: int, vocabulary: int, layers: int, device: str) 
 
     def step():
         for batch in data.micro_batches(dataset, np.arange(pairs), layout)[0]:
-            chosen, rejected = losses.by_response(batch, decoder(batch, ["log_probs"])["log_probs"]).sum(-1).view(-1, 2).t()
+            chosen, rejected = losses.sums(batch, decoder(batch, ["log_probs"])["log_probs"]).view(-1, 2).t()
             losses.dpo(chosen, rejected, torch.zeros_like(chosen), torch.zeros_like(chosen))[0].sum().backward()
         decoder.zero_grad()
     return step

@@ -186,6 +186,11 @@ def by_response(batch: dict, stream: Tensor) -> Tensor:
     return stream.new_zeros(batch["num_responses"], batch["longest"]).index_put((batch["response"], batch["place"]), stream)
 
 
+def sums(batch: dict, stream: Tensor) -> Tensor:
+    """(N,) -> (R,) in float64: thousands of nats in fp32 would be off by 1e-4, and so would differences of them."""
+    return by_response(batch, stream).sum(-1, dtype=torch.float64)
+
+
 def by_rank(batch: dict, stream: Tensor) -> Tensor:
     """(R,) -> (Q, K): what the responses of each example have, in their order, zeros behind them."""
     return stream.new_zeros(batch["num_examples"], batch["most_responses"]).index_put((batch["example"], batch["rank"]), stream)
@@ -209,7 +214,7 @@ def table(name: str) -> Reading:
 
 
 def summed(name: str, side: str) -> Reading:
-    return Reading((name,), lambda batch, stream: by_response(batch, stream).sum(-1)[batch[side]])  # (P,)
+    return Reading((name,), lambda batch, stream: sums(batch, stream)[batch[side]])  # (P,)
 
 
 def score(name: str, side: str) -> Reading:
@@ -265,7 +270,7 @@ def ld_alpha(term: Term, value: float) -> Term:
             shorter = torch.minimum(batch["lengths"][batch["chosen"]], batch["lengths"][batch["rejected"]])
             logps = by_response(batch, stream)[batch["chosen" if "chosen" in name else "rejected"]]
             place = torch.arange(logps.shape[1], device=logps.device)
-            return torch.where(place < shorter[:, None], logps, value * logps).sum(-1)
+            return torch.where(place < shorter[:, None], logps, value * logps).sum(-1, dtype=torch.float64)
         return Reading(READINGS[name].streams, how)
     changed = {name: desensitized(name) for name, reading in term.reads.items()
                if name.endswith("_logps") and reading is READINGS[name]}
@@ -307,7 +312,7 @@ def wpo(term: Term, value: bool) -> Term:
     """WPO, arXiv:2406.11827 eq. 2 with sampled alignment: the value of each pair weighs exp of the two responses' mean of log p
     minus log sum_v p(v)^2, no gradient and no bound."""
     def weights(batch, log_probs, collision):
-        gap = by_response(batch, log_probs - collision).detach().sum(-1) / batch["lengths"].clamp(min=1)
+        gap = sums(batch, log_probs - collision).detach() / batch["lengths"].clamp(min=1)
         return (gap[batch["chosen"]] + gap[batch["rejected"]]).exp()
     if term.objective.coupled or "policy_chosen_logps" not in term.reads:
         return term  # sorted values belong to no pair

@@ -116,9 +116,9 @@ def mismatched_source(run) -> dict[str, Callable]:
             with torch.no_grad(), machine.autocast():
                 for batch in data.micro_batches(rows, mine, run.layout)[0]:
                     of_policy = run.decoder(batch, ["log_probs"])["log_probs"]
-                    parts["policy_KL_logps"].append(losses.by_response(batch, of_policy).sum(-1))
+                    parts["policy_KL_logps"].append(losses.sums(batch, of_policy))
                     if table is not None:
-                        parts["reference_KL_logps"].append(losses.by_response(batch, table[batch["scored_index"]]).sum(-1))
+                        parts["reference_KL_logps"].append(losses.sums(batch, table[batch["scored_index"]]))
             for name in [name for name, logps in parts.items() if logps]:
                 logps = torch.cat(machine.gather(torch.cat(parts[name])))
                 for batch in batches:

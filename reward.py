@@ -203,8 +203,7 @@ class Scorer:
 
 def logps_of(batch: dict, log_probs: torch.Tensor) -> list[dict]:
     """Log-probs of each response, summed, and how many tokens they are."""
-    sums = losses.by_response(batch, log_probs).sum(-1).tolist()
-    return [{"logps": s, "tokens": n} for s, n in zip(sums, batch["lengths"].tolist())]
+    return [{"logps": s, "tokens": n} for s, n in zip(losses.sums(batch, log_probs).tolist(), batch["lengths"].tolist())]
 
 
 def steps_of(batch: dict, logits: torch.Tensor) -> list[dict]:
