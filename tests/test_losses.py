@@ -932,6 +932,23 @@ def test_options_stay_finite_at_extremes(name):
         assert all(total.isfinite() for total, _ in metrics.values()), option
 
 
+@pytest.mark.parametrize("option", [None, ("ld_alpha", 0.5), ("wpo", True)])
+def test_long_responses_are_summed_without_rounding(option):
+    """dpo of a pair of 5,000 fp32 log-probs each against the same in float64: an fp32 sum of 10,000 nats has an ulp of 1e-3."""
+    generator, n = torch.Generator().manual_seed(0), 5000
+    policy, reference = (-2 - torch.rand(2 * n, generator=generator) for _ in range(2))
+    sides = {side: torch.tensor([i]) for i, side in enumerate(("chosen", "rejected"))}
+    batch = {**sides, "num_responses": 2, "longest": n, "lengths": torch.tensor([n, n]), "response": torch.arange(2 * n) // n,
+             "place": torch.arange(2 * n) % n}
+    term = losses.bind("dpo", 1.0, losses.OBJECTIVES["dpo"].hyperparameters)
+    term = losses.OPTIONS[option[0]](term, option[1]) if option else term
+
+    def loss(to):
+        streams = {"log_probs": policy, "reference_log_probs": reference, "collision": policy - 0.1}
+        return losses.total([term], {name: x.to(to) for name, x in streams.items()}, batch, {"pairs": 1})[0].item()
+    assert loss(torch.float32) == pytest.approx(loss(torch.float64), abs=1e-9, rel=1e-6 if option == ("wpo", True) else 1e-12)
+
+
 def test_metrics_of_two_losses_stay_apart():
     batch, outputs, _ = preference_batch()
     made = [losses.bind(name, 1.0, {**losses.OBJECTIVES[name].hyperparameters, "beta": beta}) for name, beta in (("dpo", 0.1), ("hinge", 0.3))]
