@@ -134,6 +134,18 @@ AT_LEAST = {"max_length": 2, "f_divergence": -math.inf} | dict.fromkeys(  # of o
     ("batch_size", "log_every", "keep_checkpoints", "max_skipped_steps", "max_new_tokens", "rollout_batch", "samples_per_prompt",
      "rollout_epochs", "kl_horizon"), 1)
 AT_MOST = dict.fromkeys(("top_p", "min_p", "gamma", "lam"), 1)
+ELSEWHERE = {  # what other trainers call a key, or a loss -> ours
+    "learning_rate": "lr", "num_train_epochs": "epochs", "num_epochs": "epochs", "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size", "gradient_accumulation_steps": "micro_batch_tokens", "model": "init_from",
+    "model_name_or_path": "init_from", "pretrain": "init_from", "dataset": "train_data", "dataset_name": "train_data",
+    "output_dir": "out_dir", "save_path": "out_dir", "max_seq_length": "max_length", "max_len": "max_length",
+    "max_completion_length": "max_new_tokens", "num_generations": "samples_per_prompt", "n_samples_per_prompt": "samples_per_prompt",
+    "loss_type": "objective", "rpo_alpha": "nll_coef", "ref_model": "reference", "reward_funcs": "reward", "max_norm": "grad_clip",
+    "max_grad_norm": "grad_clip", "lr_scheduler_type": "schedule", "lr_scheduler": "schedule", "warmup_ratio": "warmup_steps",
+    "gradient_checkpointing": "activation_checkpointing", "bf16": "dtype", "fp16": "dtype", "logging_steps": "log_every",
+    "save_steps": "save_every", "eval_steps": "eval_every", "save_total_limit": "keep_checkpoints", "report_to": "track",
+    "resume_from_checkpoint": "resume", "torch_compile": "compile", "init_kl_coef": "kl_coef",
+    "sigmoid": "dpo", "reward_model": "rm", "grpo": "ppo", "dr_grpo": "ppo", "dapo": "ppo", "rloo": "reinforce"}
 TYPES = typing.get_type_hints(Config)
 
 
@@ -257,7 +269,7 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
 
 
 def suggestion(word: str, known) -> str:
-    near = difflib.get_close_matches(word, list(known), 1, 0.5)
+    near = [ELSEWHERE[word]] if word in ELSEWHERE else difflib.get_close_matches(word, list(known), 1, 0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

@@ -24,6 +24,11 @@ def refused(match, *arguments):
         load(*arguments)
 
 
+def test_what_other_trainers_say_is_translated_into_keys_and_losses():
+    known = DEFAULTS.keys() | OBJECTIVES.keys()
+    assert not known & config.ELSEWHERE.keys() and known >= set(config.ELSEWHERE.values())
+
+
 def test_defaults_then_file_then_command_line(tmp_path):
     text = "seed = 3\nlr = 2e-4\nobjective = 'dpo'\nbeta = 0.3\n"
     defaults, given = load(), from_file(tmp_path, text, "--lr=3e-4", "--beta=0.5")
@@ -54,6 +59,8 @@ def test_values_of_the_command_line(arguments, key, value):
 @pytest.mark.parametrize("arguments, message", ids=lambda value: " ".join(value) if isinstance(value, list) else "", argvalues=[
     (["--max_step=3"], "command line: unknown key 'max_step'. Did you mean 'max_steps'?.*--help"),
     (["--objective=dpo", "--bta=0.1"], "unknown key 'bta'. Did you mean 'beta'?"),
+    (["--learning_rate=1e-5"], "unknown key 'learning_rate'. Did you mean 'lr'?"),
+    (["--objective=grpo"], "unknown objective 'grpo'. Did you mean 'ppo'?"),
     (["--zzzzzz=1"], "unknown key 'zzzzzz'. `python"),
     (["--beta=0.1"], r"sft has no hyperparameter 'beta' \(it belongs to dpo, ipo"),
     (["--objective=dpo", "--length_normalized"], r"dpo has no hyperparameter 'length_normalized' \(it belongs to ipo"),
