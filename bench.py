@@ -273,39 +273,53 @@ def numbers(text: str) -> list[int]:
 
 
 def bench_generate(o):
-    """Greedy answers of 64 tokens to prompts of 16 to 96; and 8 samples each of 4 prompts, as a rollout has them."""
+    """Greedy answers of 64 tokens to prompts of 16 to 96; 8 samples each of 4 prompts, as a rollout has them; and samples that end
+    by themselves, 32 at a time."""
     if not o.model:
         raise SystemExit("generate needs --model, a model folder")
-    transformers, new = optional("transformers"), 64
-    print(f"Tokens a second, {new} new ones behind prompts of 16 to 96, {where(o.device)}.\n")
+    transformers = optional("transformers")
+    print(f"Tokens a second behind prompts of 16 to 96, {where(o.device)}: 64 new ones each; of 128 x 1, up to 256, the end after "
+          f"each as likely as 1 in 40.\n")
     print("| dtype | rows | what | tokens/s | ratio | peak, MB | `[B, T, V]` in fp32, MB |\n|---|---|---|---|---|---|---|")
     for dtype in (torch.float32, torch.bfloat16):
         path = model.find_folder(o.model)
         decoder = model.load(path)[0].to(o.device, dtype)
         theirs = transformers and transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(o.device)
-        for rows, n in ((1, 1), (32, 1), (32, 8)):
-            rng, vocab = np.random.default_rng(0), decoder.shape.vocab_size
-            prompts = [rng.integers(3, vocab, rng.integers(16, 97)).tolist() for _ in range(rows // n)]
-            draw = dict(sampling=rollout.Sampling(), keys=[(0, i) for i in range(len(prompts))], n=n) if n > 1 else {}
+        for count, n, new in ((1, 1, 64), (32, 1, 64), (4, 8, 64), (128, 1, 256)):
+            if o.only and f"{count} x {n}" not in o.only.split(","):
+                continue
+            rng, vocab, at_once = np.random.default_rng(0), decoder.shape.vocab_size, min(32, count * n)
+            prompts = [rng.integers(3, vocab, rng.integers(16, 97)).tolist() for _ in range(count)]
+            stop = set(range(5, vocab, 40)) if new > 64 else set()
+            draw = dict(sampling=rollout.Sampling(), keys=[(0, i) for i in range(count)], n=n) if n > 1 or stop else {}
+            made = {}
 
-            def ours(compiled):
-                return rollout.generate(decoder, prompts, max_new_tokens=new, stop=set(), compiled=compiled, **draw)
+            def ours(name, compiled):
+                answers = rollout.generate(decoder, prompts, max_new_tokens=new, stop=stop, batch=at_once, compiled=compiled,
+                                           **draw)
+                made[name] = sum(len(answer.ids) for some in answers for answer in some)
 
-            def peers():
-                longest = max(map(len, prompts))
-                ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=o.device)
-                mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=o.device)
-                drawn = dict(temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=n) if n > 1 else {}
-                return theirs.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
-                                       cache_implementation="static", do_sample=n > 1, **drawn)
-            found = measure({**({"transformers, static cache": peers} if theirs else {}), "ours": lambda: ours(False),
-                             "ours, compiled": lambda: ours(True)}, o.device, o.rounds)
-            base = next(iter(found.values()))[0]
-            whole = rows * (max(map(len, prompts)) + new) * vocab * 4 / 2**20
-            of = f"{str(dtype).split('.')[1]} | {rows // n} x {n}"
-            for name, (seconds, memory) in found.items():
-                speed = f"{rows * new / seconds:,.0f} | {base / seconds:.2f}x"
-                print(f"| {of} | {name} | {speed} | {memory:,.0f} | {whole:,.0f} |", flush=True)
+            def peers(name):
+                made[name] = 0
+                for start in range(0, count, at_once // n):
+                    some = prompts[start:start + at_once // n]
+                    longest = max(map(len, prompts))
+                    ids = torch.tensor([[0] * (longest - len(p)) + p for p in some], device=o.device)
+                    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in some], device=o.device)
+                    drawn = dict(temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=n) if draw else {}
+                    ends = dict(eos_token_id=sorted(stop)) if stop else dict(min_new_tokens=new)
+                    rows = theirs.generate(ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0, do_sample=bool(draw),
+                                           cache_implementation="static", **drawn, **ends)[:, longest:].tolist()
+                    made[name] += sum(next((i + 1 for i, token in enumerate(row) if token in stop), len(row)) for row in rows)
+            functions = {"transformers, static cache": peers} if theirs else {}
+            functions |= {"ours": functools.partial(ours, compiled=False), "ours, compiled": functools.partial(ours, compiled=True)}
+            found = measure({name: functools.partial(f, name) for name, f in functions.items()}, o.device, o.rounds)
+            speed = {name: made[name] / seconds for name, (seconds, _) in found.items()}
+            whole = at_once * (max(map(len, prompts)) + new) * vocab * 4 / 2**20
+            of = f"{str(dtype).split('.')[1]} | {count} x {n}"
+            for name, (_, memory) in found.items():
+                times = f"{speed[name]:,.0f} | {speed[name] / next(iter(speed.values())):.2f}x"
+                print(f"| {of} | {name} | {times} | {memory:,.0f} | {whole:,.0f} |", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

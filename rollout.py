@@ -6,11 +6,10 @@
 Shapes: B rows of a batch, C cache slots, H query heads, K key-value heads, E head width, V vocabulary; R responses, L
 longest response, n responses a prompt.
 """
-import functools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +51,66 @@ class Answer(NamedTuple):
     ended: bool  # by a stop token or a stop string, and not by running out of room
 
 
+class Slots:
+    """Rows of a batch, each with an answer that is being generated, or free."""
+
+    def __init__(self, decoder, size: int, capacity: int, room: int):
+        shape, weight = decoder.shape, decoder.lm_head.weight
+        low = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+        self.room, self.capacity = room, min(capacity, shape.max_positions) if shape.gpt2 else capacity  # learned positions end
+        self.answer, self.reach = np.full(size, -1), np.zeros(size, int)  # (host) which, -1: none; its place less the time
+        with torch.device(weight.device):
+            self.cache = [torch.zeros(size, shape.num_kv_heads, self.capacity, shape.head_dim, dtype=low)
+                          for _ in range(2 * shape.num_layers)]
+            self.logits, self.uniform = torch.zeros(size, shape.vocab_size, dtype=low), torch.zeros(size, room + 1)
+            self.token, self.place, self.age, self.length = torch.zeros(4, size, dtype=torch.int64)  # place: of the next token
+            self.ended, self.done = torch.zeros(2, size, dtype=torch.bool)
+            self.tokens = torch.zeros(size, room + 1, dtype=torch.int64)  # the last column: what comes behind a whole answer
+            self.log_probs = torch.zeros(size, room + 1, dtype=torch.promote_types(low, torch.float32))
+
+    def live(self) -> list[int]:
+        return np.flatnonzero(self.answer >= 0).tolist()
+
+    def begin(self, decoder, prompts: list[list[int]], answers: range, numbers: list[np.ndarray], now: int):
+        """Answers to prompts, as many to each, in slots that are free. numbers: random ones for each answer, or none."""
+        n, free = len(answers) // len(prompts), np.flatnonzero(self.answer < 0)[:len(answers)]
+        index, lengths = torch.from_numpy(free).to(self.place.device), np.repeat([len(p) for p in prompts], n)
+        with torch.compiler.set_stance("force_eager"):  # shapes of its own, which would use up the blocks' compilations
+            self.logits[index] = prefill(decoder, self.cache, prompts, index.view(-1, n)).repeat_interleave(n, 0)
+        self.answer[free], self.reach[free] = answers, lengths - now
+        self.place[index] = torch.from_numpy(lengths).to(index.device)
+        self.age[index], self.length[index], self.ended[index], self.done[index] = 0, self.room, False, False
+        if numbers:
+            self.uniform[index, :self.room] = torch.from_numpy(np.stack(numbers)).to(index.device)
+
+    def take(self, token: Tensor, log_prob: Tensor, stops: Tensor):
+        """The next token of each (B,)."""
+        self.tokens.scatter_(1, self.age[:, None], token[:, None])
+        self.log_probs.scatter_(1, self.age[:, None], log_prob[:, None])
+        stopped, self.token, self.age = torch.isin(token, stops), token, (self.age + 1).clamp(max=self.room)
+        over = ~self.done & (stopped | (self.age == self.room) | (self.place + 1 >= self.capacity))
+        self.length = torch.where(over, self.age, self.length)
+        self.ended, self.done = self.ended | stopped & over, self.done | over
+        self.place = torch.where(self.done, 0, self.place)  # a free one goes on at the first place, within any window
+
+    def finished(self) -> Iterator[tuple[int, Answer]]:
+        """Which ones are done since the last time; their slots are free. Waits for the device."""
+        slots = [slot for slot, done in enumerate(self.done.tolist()) if done and self.answer[slot] >= 0]
+        parts = (x[slots].tolist() for x in (self.tokens, self.log_probs, self.length, self.ended))
+        for slot, ids, log_probs, length, ended in zip(slots, *parts):
+            if not all(map(math.isfinite, log_probs[:length])):
+                raise ValueError("the model's logits are not finite: it has diverged; a checkpoint from before is the way back")
+            yield self.answer[slot], Answer(ids[:length], log_probs[:length], ended)
+            self.answer[slot] = -1
+
+    def keep(self, live: list[int]):
+        """These alone: the batch gets smaller."""
+        self.cache = [part[live] for part in self.cache]
+        for name, x in vars(self).items():
+            if isinstance(x, (Tensor, np.ndarray)):
+                setattr(self, name, x[live])
+
+
 @torch.no_grad()
 def generate(decoder, prompts: list[list[int]], *, max_new_tokens: int, stop: set[int], n: int = 1, sampling: Sampling = GREEDY,
              keys: list[tuple] | None = None, strings: tuple = (), text: Callable | None = None, batch: int = 256,
@@ -60,26 +119,44 @@ def generate(decoder, prompts: list[list[int]], *, max_new_tokens: int, stop: se
     """n answers to each prompt (a list of ids), whose part of the cache is computed once for all of them.
 
     An answer ends at a token of `stop`, or where `text(ids)` holds one of `strings`. keys: the integers that the random numbers
-    of each prompt are a function of. batch: rows at a time. Every `check` tokens the host looks which rows are done; they leave
-    the batch then. compiled: a decoding step is one graph, and they stay; longest: prompt that is yet to come, for the graph's
-    shapes. watch(row, ids) is called for each row that goes on or has just ended, whenever the host looks. show: a bar's name.
+    of each prompt are a function of. batch: answers at a time. Every `check` tokens the host looks which are done; the next
+    prompts take their places, and when none is left, the batch gets smaller. compiled: a decoding step is one graph, and its
+    batch stays; longest: prompt that is yet to come, for the graph's shapes. watch(row, ids) is called for each answer that goes
+    on or has just ended, whenever the host looks. show: a bar's name.
     """
-    keys, answers, each = keys or [(0, i) for i in range(len(prompts))], [], max(1, batch // n)
-    bar = report.bar(what=show, show=bool(show), total=-(-len(prompts) // each) * max_new_tokens)
-    for start in range(0, len(prompts), each):
-        some, uniform = prompts[start:start + each], None
-        padded = some + some[-1:] * (each - len(some)) if compiled and start else some  # of one shape
-        if sampling.temperature:
-            seeds = [(*key, i) for key in keys[start:start + each] for i in range(n)]
-            uniform = np.ones((len(padded) * n, max_new_tokens), np.float32) / 2
-            uniform[:len(seeds)] = [np.random.default_rng(seed).random(max_new_tokens, np.float32) for seed in seeds]
-        look = functools.partial(_look, check=check, strings=strings, text=text, watch=watch) if strings or watch else None
-        slots = -(-(max(longest, *map(len, some)) + max_new_tokens) // 64) * 64
-        rows = _generate(decoder, padded, len(some), n, slots, max_new_tokens, stop, sampling, uniform, look, check, compiled, bar)
-        answers += [rows[i * n:(i + 1) * n] for i in range(len(some))]
-        bar.update((start // each + 1) * max_new_tokens - bar.n)
+    if not prompts:
+        return []
+    keys, answers, size = keys or [(0, i) for i in range(len(prompts))], {}, n * min(max(1, batch // n), len(prompts))
+    slots = Slots(decoder, size, -(-(max(longest, *map(len, prompts)) + max_new_tokens) // 64) * 64, max_new_tokens)
+    step, stance = (losses.compiled(decode, dynamic=False), "default") if compiled else (decode, "force_eager")
+    stops, begun, now, last = torch.tensor(sorted(stop), device=slots.place.device), 0, 0, 0  # now: tokens since the beginning
+    bar = report.bar(what=show, show=bool(show), total=n * len(prompts))
+    while len(answers) < n * len(prompts):
+        free = size - len(slots.live())
+        some = range(begun, min(begun + free // n, len(prompts)))
+        if some and (4 * n * len(some) >= size or some.stop == len(prompts)):  # a few would not be worth it
+            numbers = [np.random.default_rng((*keys[i], j)).random(max_new_tokens, np.float32) for i in some for j in range(n)
+                       if sampling.temperature]
+            slots.begin(decoder, [prompts[i] for i in some], range(n * some.start, n * some.stop), numbers, now)
+            begun, last = some.stop, now + max_new_tokens
+        token, log_prob = pick(slots.logits, slots.uniform.gather(1, slots.age[:, None])[:, 0], sampling)
+        slots.take(token, log_prob, stops)
+        now += 1
+        if now % check == 0 or now == last:
+            if strings or watch:
+                look(slots, strings, text, watch)
+            for i, answer in slots.finished():
+                answers[i] = answer
+                bar.update()
+            if not compiled and begun == len(prompts) and 0 < 4 * len(slots.live()) < 3 * len(slots.answer):
+                slots.keep(slots.live())
+        if live := slots.live():
+            seen = slots.capacity if compiled else min(slots.capacity, int(slots.reach[live].max()) + now)
+            with torch.compiler.set_stance(stance):
+                slots.logits = step(decoder, slots.cache, slots.token, slots.place, seen)
+            slots.place = slots.place + 1
     bar.close()
-    return answers
+    return [[answers[n * i + j] for j in range(n)] for i in range(len(prompts))]
 
 
 def answers_to(prompts: list[list[int]], decoder, tokenizer: data.Tokenizer, cfg, **options) -> list[list[Answer]]:
@@ -88,75 +165,31 @@ def answers_to(prompts: list[list[int]], decoder, tokenizer: data.Tokenizer, cfg
                     text=tokenizer.decode, batch=cfg.rollout_batch, **options)
 
 
-def _generate(decoder, prompts, real, n, slots, max_new_tokens, stop, sampling, uniform, look, check, compiled,
-              bar) -> list[Answer]:
-    shape, device, longest, rows = decoder.shape, decoder.lm_head.weight.device, max(map(len, prompts)), len(prompts) * n
-    slots = min(slots, shape.max_positions) if shape.gpt2 else slots  # learned positions end
-    with torch.compiler.set_stance("force_eager"):  # shapes of its own, which would use up the blocks' compilations
-        cache, logits = prefill(decoder, prompts, n, slots)
-    step, stance = (losses.compiled(decode, dynamic=False), "default") if compiled else (decode, "force_eager")
-    place = torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(n)  # of the next token
-    stops = torch.tensor(sorted(stop), device=device)
-    uniform = torch.from_numpy(uniform).to(device) if uniform is not None else torch.zeros(rows, max_new_tokens, device=device)
-    tokens = torch.full((rows, max_new_tokens), -1, device=device)
-    log_probs = torch.zeros(rows, max_new_tokens, dtype=torch.promote_types(logits.dtype, torch.float32), device=device)
-    lengths = torch.full((rows,), max_new_tokens, device=device)
-    alive, ended = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
-    done = alive >= real * n  # what is there for the shape alone
-    for t in range(max_new_tokens):
-        token, log_prob = pick(logits, uniform[alive, t], sampling)
-        tokens[alive, t], log_probs[alive, t] = token, log_prob
-        bar.update()
-        stopped = torch.isin(token, stops)
-        lengths[alive] = torch.where(~done & (stopped | (place + 1 >= slots)), t + 1, lengths[alive])
-        ended[alive] |= ~done & stopped
-        done = done | stopped | (place + 1 >= slots)
-        if (t + 1) % check == 0 or t + 1 == max_new_tokens:
-            if look:
-                done = done | look(tokens, lengths, ended, alive, t + 1)
-            if done.all():  # waits for the device
-                break
-            if not compiled and done.sum() > len(done) // 4:
-                cache = [part[~done] for part in cache]
-                alive, token, place, done = alive[~done], token[~done], place[~done], done[~done]
-        if t + 1 < max_new_tokens:
-            seen = slots if compiled else min(slots, longest + t + 2)
-            with torch.compiler.set_stance(stance):
-                logits = step(decoder, cache, token, place.clamp(max=slots - 1), seen)
-            place = place + 1
-    if not log_probs.isfinite().all():
-        raise ValueError("the model's logits are not finite: it has diverged; a checkpoint from before is the way back")
-    return [Answer(ids[:length], logps[:length], end) for ids, logps, length, end in
-            zip(tokens.tolist(), log_probs.tolist(), lengths.tolist(), ended.tolist())]
-
-
-def prefill(decoder, prompts: list[list[int]], n: int, slots: int) -> tuple[list[Tensor], Tensor]:
-    """The cache of prompts, each computed once and n times there: keys and values of every layer (B, K, C, E), a key's slot being
-    its position; and what follows the prompts, (B, V). Prompts go through the packed attention, some thousand tokens at a time."""
-    shape, weight = decoder.shape, decoder.lm_head.weight
-    dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
-    cache = [torch.zeros(len(prompts), shape.num_kv_heads, slots, shape.head_dim, dtype=dtype, device=weight.device)
-             for _ in range(2 * shape.num_layers)]
+def prefill(decoder, cache: list[Tensor], prompts: list[list[int]], slots: Tensor) -> Tensor:
+    """Keys and values of prompts into the cache (B, K, C, E) of every layer, each computed once and n times there: slots (P, n) say
+    where; a key's place there is its position. Returns what follows each prompt, (P, V). They go through the packed attention,
+    some thousand tokens at a time."""
+    shape, device, dtype = decoder.shape, slots.device, cache[0].dtype
     pieces, last = np.cumsum([len(p) for p in prompts]) // 8192, []
     for piece in np.unique(pieces):
         members = np.flatnonzero(pieces == piece)
         lengths = np.array([len(prompts[i]) for i in members])
         begins = np.cumsum(lengths) - lengths
         spans = [(int(begin), int(length), int(begin), 0) for begin, length in zip(begins, lengths)]
-        varlen = weight.is_cuda and dtype in (torch.bfloat16, torch.float16)
+        varlen = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
         batch = data.to_device({
             "tokens": np.concatenate([prompts[i] for i in members]).astype(np.int64), "row": np.repeat(members, lengths),
             "positions": np.concatenate([np.arange(length) for length in lengths]), "last": begins + lengths - 1,
-            **(data.varlen_segments if varlen else data.grouped_segments)(spans)}, weight.device.type)
+            **(data.varlen_segments if varlen else data.grouped_segments)(spans)}, device.type)
+        where = slots[batch["row"]], slice(None), batch["positions"][:, None]  # (T, n) and (T, 1)
 
         def attend(layer, q, k, v):
             for part, new in zip(cache[2 * layer:2 * layer + 2], (k, v)):
-                part[batch["row"], :, batch["positions"]] = new.to(dtype)
+                part[where] = new.to(dtype)[:, None]
             return model.packed_attention(q, k, v, batch, shape.windows[layer])
 
         last.append(decoder.model(batch["tokens"], batch["positions"], attend)[batch["last"]])
-    logits = decoder.lm_head(torch.cat(last))
-    return ([part.repeat_interleave(n, 0) for part in cache] if n > 1 else cache), logits.repeat_interleave(n, 0)
+    return decoder.lm_head(torch.cat(last))
 
 
 def decode(decoder, cache: list[Tensor], tokens: Tensor, positions: Tensor, slots: int) -> Tensor:
@@ -207,23 +240,20 @@ def truncated(logps: Tensor, sampling: Sampling) -> Tensor:
     return logps
 
 
-def _look(tokens, lengths, ended, alive, seen, check, strings, text, watch) -> Tensor:
-    """The host's look at rows that went on since the last one: where a string ended a row, its length is set. (B,): did one?"""
-    found = torch.zeros(len(alive), dtype=torch.bool)
-    for place, (row, length) in enumerate(zip(alive.tolist(), lengths[alive].tolist())):
-        if length <= seen - check:
-            continue
-        ids = tokens[row, :min(seen, length)].tolist()
+def look(slots: Slots, strings: tuple, text: Callable | None, watch: Callable | None):
+    """The host's look at what is written: an answer whose text holds a string ends with the token that made it so."""
+    written, lengths = slots.tokens.tolist(), torch.minimum(slots.age, slots.length).tolist()
+    for slot in slots.live():
+        ids = written[slot][:lengths[slot]]
 
         def holds(end):
             said = text(ids[:end])
             return any(string in said for string in strings)
         if strings and holds(len(ids)):
-            lengths[row], ended[row], found[place] = next(end for end in range(1, len(ids) + 1) if holds(end)), True, True
-            ids = ids[:lengths[row]]
+            ids = ids[:next(end for end in range(1, len(ids) + 1) if holds(end))]
+            slots.length[slot], slots.ended[slot], slots.done[slot] = len(ids), True, True
         if watch:
-            watch(row, ids)
-    return found.to(tokens.device)
+            watch(int(slots.answer[slot]), ids)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -73,6 +73,25 @@ def test_what_an_answer_is_depends_on_its_key_alone():
     assert [[a.ids for a in x] for x in other] != [[a.ids for a in x] for x in whole]
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_free_slot_goes_to_the_next_prompt(n, monkeypatch):
+    """Answers of all lengths in four slots: as many decoding steps as a queue needs, where whole batches would wait for their longest."""
+    decoder, prompts, steps = tiny("llama", torch.float64), prompts_of(48 // n), []
+    decode = rollout.decode
+
+    def counted(decoder, cache, tokens, positions, slots):
+        steps.append(len(tokens))
+        assert slots == positions.max() + 1  # no more of the cache is looked at than the longest answer has
+        return decode(decoder, cache, tokens, positions, slots)
+    monkeypatch.setattr(rollout, "decode", counted)
+    given = dict(max_new_tokens=40, stop=set(range(5, 12)), n=n, sampling=rollout.Sampling(1.0), check=1)
+    answers = rollout.generate(decoder, prompts, batch=4, **given)
+    lengths = [len(answer.ids) for some in answers for answer in some]
+    waiting = sum(max(lengths[i:i + 4]) - 1 for i in range(0, len(lengths), 4))
+    assert max(lengths) > 3 * min(lengths) and len(steps) <= sum(lengths) / 4 + n * max(lengths) < waiting and max(steps) == 4
+    assert [[a.ids for a in x] for x in answers] == [[a.ids for a in x] for x in rollout.generate(decoder, prompts, batch=64, **given)]
+
+
 def test_draws_follow_the_distribution():
     """Random numbers that fill [0, 1) evenly take each token as often as its probability, to one in their number."""
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 3
