@@ -312,7 +312,8 @@ def bench_generate(o):
                                            cache_implementation="static", **drawn, **ends)[:, longest:].tolist()
                     made[name] += sum(next((i + 1 for i, token in enumerate(row) if token in stop), len(row)) for row in rows)
             functions = {"transformers, static cache": peers} if theirs else {}
-            functions |= {"ours": functools.partial(ours, compiled=False), "ours, compiled": functools.partial(ours, compiled=True)}
+            functions |= {"ours": functools.partial(ours, compiled=False),
+                          "ours, compiled": functools.partial(ours, compiled=True)}
             found = measure({name: functools.partial(f, name) for name, f in functions.items()}, o.device, o.rounds)
             speed = {name: made[name] / seconds for name, (seconds, _) in found.items()}
             whole = at_once * (max(map(len, prompts)) + new) * vocab * 4 / 2**20

@@ -134,18 +134,21 @@ AT_LEAST = {"max_length": 2, "f_divergence": -math.inf} | dict.fromkeys(  # of o
     ("batch_size", "log_every", "keep_checkpoints", "max_skipped_steps", "max_new_tokens", "rollout_batch", "samples_per_prompt",
      "rollout_epochs", "kl_horizon"), 1)
 AT_MOST = dict.fromkeys(("top_p", "min_p", "gamma", "lam"), 1)
-ELSEWHERE = {  # what other trainers call a key, or a loss -> ours
+ELSEWHERE = {  # what other trainers call a key -> ours
     "learning_rate": "lr", "num_train_epochs": "epochs", "num_epochs": "epochs", "per_device_train_batch_size": "batch_size",
     "train_batch_size": "batch_size", "gradient_accumulation_steps": "micro_batch_tokens", "model": "init_from",
     "model_name_or_path": "init_from", "pretrain": "init_from", "dataset": "train_data", "dataset_name": "train_data",
     "output_dir": "out_dir", "save_path": "out_dir", "max_seq_length": "max_length", "max_len": "max_length",
-    "max_completion_length": "max_new_tokens", "num_generations": "samples_per_prompt", "n_samples_per_prompt": "samples_per_prompt",
-    "loss_type": "objective", "rpo_alpha": "nll_coef", "ref_model": "reference", "reward_funcs": "reward", "max_norm": "grad_clip",
+    "max_completion_length": "max_new_tokens", "num_generations": "samples_per_prompt",
+    "n_samples_per_prompt": "samples_per_prompt",
+    "loss_type": "objective", "rpo_alpha": "nll_coef", "ref_model": "reference", "reward_funcs": "reward",
+    "reward_model": "reward", "advantage_estimator": "advantages", "max_norm": "grad_clip",
     "max_grad_norm": "grad_clip", "lr_scheduler_type": "schedule", "lr_scheduler": "schedule", "warmup_ratio": "warmup_steps",
     "gradient_checkpointing": "activation_checkpointing", "bf16": "dtype", "fp16": "dtype", "logging_steps": "log_every",
     "save_steps": "save_every", "eval_steps": "eval_every", "save_total_limit": "keep_checkpoints", "report_to": "track",
-    "resume_from_checkpoint": "resume", "torch_compile": "compile", "init_kl_coef": "kl_coef",
-    "sigmoid": "dpo", "reward_model": "rm", "grpo": "ppo", "dr_grpo": "ppo", "dapo": "ppo", "rloo": "reinforce"}
+    "resume_from_checkpoint": "resume", "torch_compile": "compile", "init_kl_coef": "kl_coef"}
+LOSSES_ELSEWHERE = {"sigmoid": "dpo", "reward": "rm", "reward_model": "rm", "grpo": "ppo", "dr_grpo": "ppo", "dapo": "ppo",
+                    "rloo": "reinforce"}
 TYPES = typing.get_type_hints(Config)
 
 
@@ -230,7 +233,7 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
     for key, weight in weights.items():
         if key not in OBJECTIVES:
             raise ValueError(f"{source.get('objective', 'config')}: unknown objective {str(key)!r:.40}."
-                             f"{suggestion(str(key), OBJECTIVES)} Known: {', '.join(OBJECTIVES)}")
+                             f"{suggestion(str(key), OBJECTIVES, LOSSES_ELSEWHERE)} Known: {', '.join(OBJECTIVES)}")
         weights[key] = checked(f"objective[{key!r}]", weight, float, source.get("objective", "config"))
     if values["nll_coef"]:
         if "sft" in weights:
@@ -261,15 +264,15 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
             owners = [o.name for o in OBJECTIVES.values() if key in o.hyperparameters]
             if owners:
                 raise ValueError(f"{where}: {'+'.join(weights)} has no hyperparameter {key!r} (it belongs to {', '.join(owners)})")
-            raise ValueError(f"{where}: unknown key {key!r:.40}.{suggestion(key, [*TYPES, *hyperparameters])} "
+            raise ValueError(f"{where}: unknown key {key!r:.40}.{suggestion(key, [*TYPES, *hyperparameters], ELSEWHERE)} "
                              f"`python train.py --help` lists every key")
     bound = {name: {k: values.get(f"{name}_{k}", values.get(k, default))
                     for k, default in OBJECTIVES[name].hyperparameters.items()} for name in weights}
     return types.SimpleNamespace(**values, weights=weights, bound=bound)
 
 
-def suggestion(word: str, known) -> str:
-    near = [ELSEWHERE[word]] if word in ELSEWHERE else difflib.get_close_matches(word, list(known), 1, 0.5)
+def suggestion(word: str, known, elsewhere: dict) -> str:
+    near = [elsewhere[word]] if word in elsewhere else difflib.get_close_matches(word, list(known), 1, 0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

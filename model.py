@@ -274,6 +274,11 @@ class Block(nn.Module):
         return self.after(x, attend(layer, *self.before(x, rope)))
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """That of matrix products with it: autocast's, where that is on."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
 class Trunk(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
@@ -291,7 +296,7 @@ class Trunk(nn.Module):
             x = x + self.embed_positions(positions)
         else:
             angle = positions[:, None].float() * rope_frequencies(self.shape.rope, self.shape.head_dim, x.device)
-            low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+            low = compute_dtype(x)
             rope = (angle.cos()[:, None].to(low), angle.sin()[:, None].to(low))  # (T, 1, E/2)
         for layer, block in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
@@ -304,8 +309,8 @@ class Trunk(nn.Module):
 def token_head(decoder, hidden, batch, wanted):
     """log p of each scored token under the softmax at the place that predicts it, and what else is wanted of it, (N,) each."""
     hidden = hidden.index_select(0, batch["predict_from"])
-    if hidden.is_cuda and torch.is_autocast_enabled("cuda"):  # the residual stream is fp32; the product need not be
-        hidden = hidden.to(torch.get_autocast_dtype("cuda"))
+    if hidden.is_cuda:
+        hidden = hidden.to(compute_dtype(hidden))  # the residual stream is fp32; the product need not be
     made = linear_log_probs(hidden, decoder.lm_head.weight, batch["target"], entropy="entropy" in wanted,
                             collision="collision" in wanted, temperature=decoder.temperature, compiled=decoder.compiled)
     return dict(zip(("log_probs", "entropy", "collision"), made))

@@ -3,7 +3,7 @@
 `generate` is also what eval, `sample.py generate` and `sample.py chat` use. What an answer is depends on its key alone
 (seed, place of its prompt in the run, number of the answer): not on ranks, nor on what it is batched with.
 
-Shapes: B rows of a batch, C cache slots, H query heads, K key-value heads, E head width, V vocabulary; R responses, L
+Shapes: B rows of a batch, C places of the cache, H query heads, K key-value heads, E head width, V vocabulary; R responses, L
 longest response, n responses a prompt.
 """
 import math
@@ -52,15 +52,16 @@ class Answer(NamedTuple):
 
 
 class Slots:
-    """Rows of a batch, each with an answer that is being generated, or free."""
+    """Rows of a batch, each with an answer that is being generated, or free. The first dimension of every array is the slot.
+    On the host: `answer`, which one (-1: none), `born`, when it began, `head`, tokens of its prompt."""
 
     def __init__(self, decoder, size: int, capacity: int, room: int):
         shape, weight = decoder.shape, decoder.lm_head.weight
-        low = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
-        self.room, self.capacity = room, min(capacity, shape.max_positions) if shape.gpt2 else capacity  # learned positions end
-        self.answer, self.reach = np.full(size, -1), np.zeros(size, int)  # (host) which, -1: none; its place less the time
+        low = model.compute_dtype(weight)
+        self.room, self.capacity = room, capacity
+        self.answer, self.born, self.head = np.full(size, -1), np.zeros(size, int), np.zeros(size, int)
         with torch.device(weight.device):
-            self.cache = [torch.zeros(size, shape.num_kv_heads, self.capacity, shape.head_dim, dtype=low)
+            self.cache = [torch.zeros(size, shape.num_kv_heads, capacity, shape.head_dim, dtype=low)
                           for _ in range(2 * shape.num_layers)]
             self.logits, self.uniform = torch.zeros(size, shape.vocab_size, dtype=low), torch.zeros(size, room + 1)
             self.token, self.place, self.age, self.length = torch.zeros(4, size, dtype=torch.int64)  # place: of the next token
@@ -71,41 +72,51 @@ class Slots:
     def live(self) -> list[int]:
         return np.flatnonzero(self.answer >= 0).tolist()
 
-    def begin(self, decoder, prompts: list[list[int]], answers: range, numbers: list[np.ndarray], now: int):
-        """Answers to prompts, as many to each, in slots that are free. numbers: random ones for each answer, or none."""
-        n, free = len(answers) // len(prompts), np.flatnonzero(self.answer < 0)[:len(answers)]
-        index, lengths = torch.from_numpy(free).to(self.place.device), np.repeat([len(p) for p in prompts], n)
+    def begin(self, decoder, prompts: list[list[int]], answers: np.ndarray, of: np.ndarray, numbers: list[np.ndarray], now: int):
+        """Answers, each to the prompt that `of` counts, in slots that are free. numbers: random ones for each, or none."""
+        free = np.flatnonzero(self.answer < 0)[:len(answers)]
+        asked, first, which = np.unique(of, return_index=True, return_inverse=True)
+        slots, lengths = torch.from_numpy(free).to(self.place.device), np.array([len(prompts[i]) for i in of])
         with torch.compiler.set_stance("force_eager"):  # shapes of its own, which would use up the blocks' compilations
-            self.logits[index] = prefill(decoder, self.cache, prompts, index.view(-1, n)).repeat_interleave(n, 0)
-        self.answer[free], self.reach[free] = answers, lengths - now
-        self.place[index] = torch.from_numpy(lengths).to(index.device)
-        self.age[index], self.length[index], self.ended[index], self.done[index] = 0, self.room, False, False
+            logits = prefill(decoder, self.cache, [prompts[i] for i in asked], slots[first])
+        for part in self.cache if len(asked) < len(of) else ():
+            part[slots, :, :lengths.max()] = part[slots[first][which], :, :lengths.max()]
+        self.logits[slots] = logits[which]
+        self.answer[free], self.born[free], self.head[free] = answers, now, lengths
+        self.place[slots] = torch.from_numpy(lengths).to(slots.device)
+        self.age[slots], self.length[slots], self.ended[slots], self.done[slots] = 0, self.room, False, False
         if numbers:
-            self.uniform[index, :self.room] = torch.from_numpy(np.stack(numbers)).to(index.device)
+            self.uniform[slots, :self.room] = torch.from_numpy(np.stack(numbers)).to(slots.device)
 
     def take(self, token: Tensor, log_prob: Tensor, stops: Tensor):
-        """The next token of each (B,)."""
+        """The next token of each (B,). stops (V,): does a token end an answer?"""
         self.tokens.scatter_(1, self.age[:, None], token[:, None])
         self.log_probs.scatter_(1, self.age[:, None], log_prob[:, None])
-        stopped, self.token, self.age = torch.isin(token, stops), token, (self.age + 1).clamp(max=self.room)
-        over = ~self.done & (stopped | (self.age == self.room) | (self.place + 1 >= self.capacity))
-        self.length = torch.where(over, self.age, self.length)
-        self.ended, self.done = self.ended | stopped & over, self.done | over
-        self.place = torch.where(self.done, 0, self.place)  # a free one goes on at the first place, within any window
+        self.token, self.age = token, (self.age + 1).clamp(max=self.room)
+        full = (self.age == self.room) | (self.place + 1 >= self.capacity)
+        self.end(~self.done & (stops[token] | full), self.age, stops[token])
 
-    def finished(self) -> Iterator[tuple[int, Answer]]:
-        """Which ones are done since the last time; their slots are free. Waits for the device."""
-        slots = [slot for slot, done in enumerate(self.done.tolist()) if done and self.answer[slot] >= 0]
-        parts = (x[slots].tolist() for x in (self.tokens, self.log_probs, self.length, self.ended))
+    def end(self, over: Tensor, length: Tensor, ended: Tensor):
+        """Answers that are over (B,), with so many tokens. Their slots go on at the first place, which it sees in any window."""
+        self.length, self.ended, self.done = (
+            torch.where(over, length, self.length), torch.where(over, ended, self.ended), self.done | over)
+        self.place = torch.where(self.done, 0, self.place)
+
+    def finished(self) -> dict[int, Answer]:
+        """Those that are done since the last time; their slots are free. Waits for the device."""
+        slots, found = [slot for slot, done in enumerate(self.done.tolist()) if done and self.answer[slot] >= 0], {}
+        parts = (x[slots].tolist() for x in (self.tokens, self.log_probs, self.length, self.ended)) if slots else ()
         for slot, ids, log_probs, length, ended in zip(slots, *parts):
             if not all(map(math.isfinite, log_probs[:length])):
                 raise ValueError("the model's logits are not finite: it has diverged; a checkpoint from before is the way back")
-            yield self.answer[slot], Answer(ids[:length], log_probs[:length], ended)
-            self.answer[slot] = -1
+            found[int(self.answer[slot])] = Answer(ids[:length], log_probs[:length], ended)
+        self.answer[slots] = -1
+        return found
 
     def keep(self, live: list[int]):
         """These alone: the batch gets smaller."""
-        self.cache = [part[live] for part in self.cache]
+        for i, part in enumerate(self.cache):
+            self.cache[i] = part[live]
         for name, x in vars(self).items():
             if isinstance(x, (Tensor, np.ndarray)):
                 setattr(self, name, x[live])
@@ -116,42 +127,46 @@ def generate(decoder, prompts: list[list[int]], *, max_new_tokens: int, stop: se
              keys: list[tuple] | None = None, strings: tuple = (), text: Callable | None = None, batch: int = 256,
              check: int = 16, compiled: bool = False, longest: int = 0, watch: Callable | None = None, show: str = ""
              ) -> list[list[Answer]]:
-    """n answers to each prompt (a list of ids), whose part of the cache is computed once for all of them.
+    """n answers to each prompt (a list of ids), whose part of the cache is computed once for those that begin together.
 
     An answer ends at a token of `stop`, or where `text(ids)` holds one of `strings`. keys: the integers that the random numbers
-    of each prompt are a function of. batch: answers at a time. Every `check` tokens the host looks which are done; the next
-    prompts take their places, and when none is left, the batch gets smaller. compiled: a decoding step is one graph, and its
-    batch stays; longest: prompt that is yet to come, for the graph's shapes. watch(row, ids) is called for each answer that goes
-    on or has just ended, whenever the host looks. show: a bar's name.
+    of each prompt are a function of. batch: answers at a time. Every `check` tokens the host looks which are done; the next ones
+    take their places, and when none is left, the batch gets smaller. compiled: a decoding step is one graph, and its batch
+    stays; longest: prompt that is yet to come, for the graph's shapes. watch(answer, ids) is called for each answer that goes on
+    or has just ended, whenever the host looks. show: a bar's name.
     """
     if not prompts:
         return []
-    keys, answers, size = keys or [(0, i) for i in range(len(prompts))], {}, n * min(max(1, batch // n), len(prompts))
-    slots = Slots(decoder, size, -(-(max(longest, *map(len, prompts)) + max_new_tokens) // 64) * 64, max_new_tokens)
+    keys, count, weight = keys or [(0, i) for i in range(len(prompts))], n * len(prompts), decoder.lm_head.weight
+    capacity = -(-(max(longest, *map(len, prompts)) + max_new_tokens) // 64) * 64
+    if decoder.shape.gpt2:
+        capacity = min(capacity, decoder.shape.max_positions)  # learned positions end
+    slots = Slots(decoder, min(batch, count), capacity, max_new_tokens)
     step, stance = (losses.compiled(decode, dynamic=False), "default") if compiled else (decode, "force_eager")
-    stops, begun, now, last = torch.tensor(sorted(stop), device=slots.place.device), 0, 0, 0  # now: tokens since the beginning
-    bar = report.bar(what=show, show=bool(show), total=n * len(prompts))
-    while len(answers) < n * len(prompts):
-        free = size - len(slots.live())
-        some = range(begun, min(begun + free // n, len(prompts)))
-        if some and (4 * n * len(some) >= size or some.stop == len(prompts)):  # a few would not be worth it
-            numbers = [np.random.default_rng((*keys[i], j)).random(max_new_tokens, np.float32) for i in some for j in range(n)
-                       if sampling.temperature]
-            slots.begin(decoder, [prompts[i] for i in some], range(n * some.start, n * some.stop), numbers, now)
-            begun, last = some.stop, now + max_new_tokens
+    stops = torch.isin(torch.arange(len(weight), device=weight.device), torch.tensor(sorted(stop), device=weight.device))
+    answers, begun, now, ends = {}, 0, 0, set()  # now: tokens since the beginning; ends: when there is no room for more
+    bar = report.bar(what=show, show=bool(show), total=count * max_new_tokens)
+    while len(answers) < count:
+        some = np.arange(begun, min(begun + len(slots.answer) - len(slots.live()), count))
+        if len(some) and (4 * len(some) >= len(slots.answer) or some[-1] + 1 == count):  # fewer would not be worth it
+            numbers = [np.random.default_rng((*keys[i // n], i % n)).random(max_new_tokens, np.float32)
+                       for i in some.tolist()] if sampling.temperature else []
+            slots.begin(decoder, prompts, some, some // n, numbers, now)
+            begun += len(some)
+            ends.add(now + max_new_tokens)
         token, log_prob = pick(slots.logits, slots.uniform.gather(1, slots.age[:, None])[:, 0], sampling)
         slots.take(token, log_prob, stops)
         now += 1
-        if now % check == 0 or now == last:
+        if now % check == 0 or now in ends:
             if strings or watch:
                 look(slots, strings, text, watch)
-            for i, answer in slots.finished():
-                answers[i] = answer
-                bar.update()
-            if not compiled and begun == len(prompts) and 0 < 4 * len(slots.live()) < 3 * len(slots.answer):
-                slots.keep(slots.live())
+            answers |= slots.finished()
+            live = slots.live()
+            bar.update(len(answers) * max_new_tokens + int((now - slots.born[live]).sum()) - bar.n)
+            if not compiled and begun == count and 0 < 4 * len(live) < 3 * len(slots.answer):
+                slots.keep(live)
         if live := slots.live():
-            seen = slots.capacity if compiled else min(slots.capacity, int(slots.reach[live].max()) + now)
+            seen = capacity if compiled else min(capacity, int((slots.head + now - slots.born)[live].max()))
             with torch.compiler.set_stance(stance):
                 slots.logits = step(decoder, slots.cache, slots.token, slots.place, seen)
             slots.place = slots.place + 1
@@ -166,9 +181,8 @@ def answers_to(prompts: list[list[int]], decoder, tokenizer: data.Tokenizer, cfg
 
 
 def prefill(decoder, cache: list[Tensor], prompts: list[list[int]], slots: Tensor) -> Tensor:
-    """Keys and values of prompts into the cache (B, K, C, E) of every layer, each computed once and n times there: slots (P, n) say
-    where; a key's place there is its position. Returns what follows each prompt, (P, V). They go through the packed attention,
-    some thousand tokens at a time."""
+    """Keys and values of prompts into these slots (P,) of the cache (B, K, C, E) of every layer; a key's place there is its
+    position. Returns what follows each prompt, (P, V). They go through the packed attention, some thousand tokens at a time."""
     shape, device, dtype = decoder.shape, slots.device, cache[0].dtype
     pieces, last = np.cumsum([len(p) for p in prompts]) // 8192, []
     for piece in np.unique(pieces):
@@ -181,22 +195,22 @@ def prefill(decoder, cache: list[Tensor], prompts: list[list[int]], slots: Tenso
             "tokens": np.concatenate([prompts[i] for i in members]).astype(np.int64), "row": np.repeat(members, lengths),
             "positions": np.concatenate([np.arange(length) for length in lengths]), "last": begins + lengths - 1,
             **(data.varlen_segments if varlen else data.grouped_segments)(spans)}, device.type)
-        where = slots[batch["row"]], slice(None), batch["positions"][:, None]  # (T, n) and (T, 1)
+        rows = slots[batch["row"]]
 
         def attend(layer, q, k, v):
             for part, new in zip(cache[2 * layer:2 * layer + 2], (k, v)):
-                part[where] = new.to(dtype)[:, None]
+                part[rows, :, batch["positions"]] = new.to(dtype)
             return model.packed_attention(q, k, v, batch, shape.windows[layer])
 
         last.append(decoder.model(batch["tokens"], batch["positions"], attend)[batch["last"]])
     return decoder.lm_head(torch.cat(last))
 
 
-def decode(decoder, cache: list[Tensor], tokens: Tensor, positions: Tensor, slots: int) -> Tensor:
-    """One token (B,) of each row at its position -> logits of the next (B, V). The cache, of which the first `slots` are looked
-    at, is written to in place. Query heads that share a key-value head are its rows: no key is copied."""
+def decode(decoder, cache: list[Tensor], tokens: Tensor, positions: Tensor, seen: int) -> Tensor:
+    """One token (B,) of each row at its position -> logits of the next (B, V). The cache, of which the first places are seen, is
+    written to in place. Query heads that share a key-value head are its rows: no key is copied."""
     shape, each = decoder.shape, torch.arange(len(tokens), device=tokens.device)
-    distance = positions[:, None] - torch.arange(slots, device=tokens.device)  # (B, C)
+    distance = positions[:, None] - torch.arange(seen, device=tokens.device)  # (B, C)
     scale = shape.head_dim ** -0.5
 
     def attend(layer, q, k, v):
@@ -205,8 +219,8 @@ def decode(decoder, cache: list[Tensor], tokens: Tensor, positions: Tensor, slot
         window = shape.windows[layer]
         hidden = ((distance < 0) | (distance >= window if window else False))[:, None, None]
         q = q.to(keys.dtype).unflatten(1, (shape.num_kv_heads, -1))  # (B, K, H/K, E)
-        scores = (q @ keys[:, :, :slots].transpose(2, 3) * scale).masked_fill(hidden, -torch.inf)
-        return (losses.wide(scores).softmax(-1).to(values.dtype) @ values[:, :, :slots]).flatten(1, 2)
+        scores = (q @ keys[:, :, :seen].transpose(2, 3) * scale).masked_fill(hidden, -torch.inf)
+        return (losses.wide(scores).softmax(-1).to(values.dtype) @ values[:, :, :seen]).flatten(1, 2)
 
     return decoder.lm_head(decoder.model(tokens, positions, attend))
 
@@ -241,19 +255,21 @@ def truncated(logps: Tensor, sampling: Sampling) -> Tensor:
 
 
 def look(slots: Slots, strings: tuple, text: Callable | None, watch: Callable | None):
-    """The host's look at what is written: an answer whose text holds a string ends with the token that made it so."""
-    written, lengths = slots.tokens.tolist(), torch.minimum(slots.age, slots.length).tolist()
+    """The host's look at what is there: an answer whose text holds a string ends with the token that made it so."""
+    lengths, over = torch.where(slots.done, slots.length, slots.age).tolist(), [False] * len(slots.answer)
+    tokens = slots.tokens[:, :max(lengths)].tolist()
     for slot in slots.live():
-        ids = written[slot][:lengths[slot]]
+        ids = tokens[slot][:lengths[slot]]
 
         def holds(end):
             said = text(ids[:end])
             return any(string in said for string in strings)
         if strings and holds(len(ids)):
-            ids = ids[:next(end for end in range(1, len(ids) + 1) if holds(end))]
-            slots.length[slot], slots.ended[slot], slots.done[slot] = len(ids), True, True
+            over[slot], lengths[slot] = True, next(end for end in range(1, len(ids) + 1) if holds(end))
         if watch:
-            watch(int(slots.answer[slot]), ids)
+            watch(int(slots.answer[slot]), ids[:lengths[slot]])
+    over, lengths = (torch.tensor(x, device=slots.done.device) for x in (over, lengths))
+    slots.end(over, lengths, over)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ def refused(match, *arguments):
 
 
 def test_what_other_trainers_say_is_translated_into_keys_and_losses():
-    known = DEFAULTS.keys() | OBJECTIVES.keys()
-    assert not known & config.ELSEWHERE.keys() and known >= set(config.ELSEWHERE.values())
+    for known, elsewhere in ((DEFAULTS, config.ELSEWHERE), (OBJECTIVES, config.LOSSES_ELSEWHERE)):
+        assert not known.keys() & elsewhere.keys() and known.keys() >= set(elsewhere.values())
 
 
 def test_defaults_then_file_then_command_line(tmp_path):
@@ -60,6 +60,7 @@ def test_values_of_the_command_line(arguments, key, value):
     (["--max_step=3"], "command line: unknown key 'max_step'. Did you mean 'max_steps'?.*--help"),
     (["--objective=dpo", "--bta=0.1"], "unknown key 'bta'. Did you mean 'beta'?"),
     (["--learning_rate=1e-5"], "unknown key 'learning_rate'. Did you mean 'lr'?"),
+    (["--reward_model=out/rm"], "unknown key 'reward_model'. Did you mean 'reward'?"),
     (["--objective=grpo"], "unknown objective 'grpo'. Did you mean 'ppo'?"),
     (["--zzzzzz=1"], "unknown key 'zzzzzz'. `python"),
     (["--beta=0.1"], r"sft has no hyperparameter 'beta' \(it belongs to dpo, ipo"),

@@ -73,23 +73,48 @@ def test_what_an_answer_is_depends_on_its_key_alone():
     assert [[a.ids for a in x] for x in other] != [[a.ids for a in x] for x in whole]
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_a_free_slot_goes_to_the_next_prompt(n, monkeypatch):
-    """Answers of all lengths in four slots: as many decoding steps as a queue needs, where whole batches would wait for their longest."""
-    decoder, prompts, steps = tiny("llama", torch.float64), prompts_of(48 // n), []
-    decode = rollout.decode
+@pytest.fixture
+def steps(monkeypatch):
+    """Of each decoding step, its rows and how many places of the cache are seen that no answer has."""
+    made, decode = [], rollout.decode
 
-    def counted(decoder, cache, tokens, positions, slots):
-        steps.append(len(tokens))
-        assert slots == positions.max() + 1  # no more of the cache is looked at than the longest answer has
-        return decode(decoder, cache, tokens, positions, slots)
+    def counted(decoder, cache, tokens, positions, seen):
+        made.append((len(tokens), seen - int(positions.max()) - 1))
+        return decode(decoder, cache, tokens, positions, seen)
     monkeypatch.setattr(rollout, "decode", counted)
+    return made
+
+
+@pytest.mark.parametrize("n", [1, 2, 6])
+def test_a_free_slot_goes_to_the_next_answer(n, steps):
+    """Answers of all lengths in four slots: as many decoding steps as a queue needs, where whole batches would wait for their longest."""
+    decoder, prompts = tiny("llama", torch.float64), prompts_of(48 // n)
     given = dict(max_new_tokens=40, stop=set(range(5, 12)), n=n, sampling=rollout.Sampling(1.0), check=1)
     answers = rollout.generate(decoder, prompts, batch=4, **given)
     lengths = [len(answer.ids) for some in answers for answer in some]
     waiting = sum(max(lengths[i:i + 4]) - 1 for i in range(0, len(lengths), 4))
-    assert max(lengths) > 3 * min(lengths) and len(steps) <= sum(lengths) / 4 + n * max(lengths) < waiting and max(steps) == 4
+    assert max(lengths) > 3 * min(lengths) and len(steps) <= sum(lengths) / 4 + max(lengths) < waiting and max(steps) == (4, 0)
     assert [[a.ids for a in x] for x in answers] == [[a.ids for a in x] for x in rollout.generate(decoder, prompts, batch=64, **given)]
+
+
+def test_answers_without_room_end_together(steps):
+    """Two batches of 20 tokens, whose ends are looked at when they are due: 19 decoding steps each."""
+    answers = rollout.generate(tiny("llama", torch.float64), prompts_of(8), max_new_tokens=20, stop=set(), batch=4)
+    assert {len(answer.ids) for (answer,) in answers} == {20} and steps == [(4, 0)] * 38
+
+
+@pytest.mark.parametrize("check", [1, 4])
+def test_a_slot_that_a_string_made_free_starts_clean(check):
+    """The long answer behind a long prompt ends by a string, and what follows in its slot sees nothing of it, in a window too."""
+    decoder, rng = tiny("mistral", torch.float64), np.random.default_rng(0)
+    prompts = [rng.integers(3, 97, length).tolist() for length in (40, 2, 3, 60)]
+    text = lambda ids: "".join(f"<{i}>" for i in ids)
+    given = dict(max_new_tokens=20, stop=set(), text=text, check=check)
+    plain = rollout.generate(decoder, prompts, **given)
+    cut = rollout.generate(decoder, prompts, batch=2, strings=(text(plain[0][0].ids[:2]),), **given)
+    assert len(cut[0][0].ids) == 2 and cut[0][0].ended
+    for (before,), (after,) in zip(plain[1:], cut[1:]):
+        assert after.ids == before.ids and after.log_probs == pytest.approx(before.log_probs, abs=1e-12)
 
 
 def test_draws_follow_the_distribution():
