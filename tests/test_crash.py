@@ -3,6 +3,7 @@
 `python -m pytest tests -m crash` kills sft and ppo 50 times and every other objective 10 times, and more that takes long; the tests that
 always run do so less often.
 """
+import contextlib
 import json
 import os
 import random
@@ -67,8 +68,10 @@ def survive(name: str, kills: int, tmp_path: Path, steps: int = 24) -> dict:
         process = start([*options(tmp_path, name, "run", **more), "--resume"])
         process.join(rng.uniform(0, longest) if seen["kills"] < kills else None)
         if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                os.kill(process.pid, signal.SIGKILL)
             process.join()
+        if process.exitcode == -signal.SIGKILL:
             seen["kills"] += 1
             seen["while saving"] += any((tmp_path / "run").glob("checkpoint-*.part"))
             whole(tmp_path / "run")
