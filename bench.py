@@ -291,32 +291,32 @@ def bench_generate(o):
             rng, vocab, at_once = np.random.default_rng(0), decoder.shape.vocab_size, min(32, count * n)
             prompts = [rng.integers(3, vocab, rng.integers(16, 97)).tolist() for _ in range(count)]
             stop = set(range(5, vocab, 20)) if new > 64 else set()
-            draw = dict(sampling=rollout.Sampling(), keys=[(0, i) for i in range(count)], n=n) if n > 1 or stop else {}
-            made = {}
+            draws, longest, made = n > 1 or bool(stop), max(map(len, prompts)), {}
+            drawn = dict(sampling=rollout.Sampling(), keys=[(0, i) for i in range(count)], n=n) if draws else {}
+            like = dict(temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=n) if draws else {}  # the same, and when it ends
+            like |= dict(eos_token_id=sorted(stop)) if stop else dict(min_new_tokens=new)
 
-            def ours(name, compiled):
+            def ours(compiled):
                 answers = rollout.generate(decoder, prompts, max_new_tokens=new, stop=stop, batch=at_once, compiled=compiled,
-                                           **draw)
-                made[name] = sum(len(answer.ids) for some in answers for answer in some)
+                                           **drawn)
+                return sum(len(answer.ids) for some in answers for answer in some)
 
-            def peers(name):
-                made[name] = 0
+            def peers():
+                tokens = 0
                 for start in range(0, count, at_once // n):
                     some = prompts[start:start + at_once // n]
-                    longest = max(map(len, prompts))
                     ids = torch.tensor([[0] * (longest - len(p)) + p for p in some], device=o.device)
                     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in some], device=o.device)
-                    drawn = dict(temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=n) if draw else {}
-                    ends = dict(eos_token_id=sorted(stop)) if stop else dict(min_new_tokens=new)
-                    rows = theirs.generate(ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0, do_sample=bool(draw),
-                                           cache_implementation="static", **drawn, **ends)[:, longest:].tolist()
-                    made[name] += sum(next((i + 1 for i, token in enumerate(row) if token in stop), len(row)) for row in rows)
+                    rows = theirs.generate(ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0, do_sample=draws,
+                                           cache_implementation="static", **like)[:, longest:].tolist()
+                    tokens += sum(next((i + 1 for i, token in enumerate(row) if token in stop), len(row)) for row in rows)
+                return tokens
             functions = {"transformers, static cache": peers} if theirs else {}
-            functions |= {"ours": functools.partial(ours, compiled=False),
-                          "ours, compiled": functools.partial(ours, compiled=True)}
-            found = measure({name: functools.partial(f, name) for name, f in functions.items()}, o.device, o.rounds)
+            functions |= {"ours": lambda: ours(False), "ours, compiled": lambda: ours(True)}
+            counted = lambda name, f: lambda: made.update({name: f()})
+            found = measure({name: counted(name, f) for name, f in functions.items()}, o.device, o.rounds)
             speed = {name: made[name] / seconds for name, (seconds, _) in found.items()}
-            whole = at_once * (max(map(len, prompts)) + new) * vocab * 4 / 2**20
+            whole = at_once * (longest + new) * vocab * 4 / 2**20
             of = f"{str(dtype).split('.')[1]} | {count} x {n}"
             for name, (_, memory) in found.items():
                 times = f"{speed[name]:,.0f} | {speed[name] / next(iter(speed.values())):.2f}x"

@@ -9,7 +9,7 @@ longest response, n responses a prompt.
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +65,7 @@ class Slots:
                           for _ in range(2 * shape.num_layers)]
             self.logits, self.uniform = torch.zeros(size, shape.vocab_size, dtype=low), torch.zeros(size, room + 1)
             self.token, self.place, self.age, self.length = torch.zeros(4, size, dtype=torch.int64)  # place: of the next token
-            self.ended, self.done = torch.zeros(2, size, dtype=torch.bool)
+            self.ended, self.done = torch.zeros(2, size, dtype=torch.bool)  # length, ended: of those that are done
             self.tokens = torch.zeros(size, room + 1, dtype=torch.int64)  # the last column: what comes behind a whole answer
             self.log_probs = torch.zeros(size, room + 1, dtype=torch.promote_types(low, torch.float32))
 
@@ -84,7 +84,7 @@ class Slots:
         self.logits[slots] = logits[which]
         self.answer[free], self.born[free], self.head[free] = answers, now, lengths
         self.place[slots] = torch.from_numpy(lengths).to(slots.device)
-        self.age[slots], self.length[slots], self.ended[slots], self.done[slots] = 0, self.room, False, False
+        self.age[slots], self.done[slots] = 0, False
         if numbers:
             self.uniform[slots, :self.room] = torch.from_numpy(np.stack(numbers)).to(slots.device)
 
@@ -268,8 +268,9 @@ def look(slots: Slots, strings: tuple, text: Callable | None, watch: Callable | 
             over[slot], lengths[slot] = True, next(end for end in range(1, len(ids) + 1) if holds(end))
         if watch:
             watch(int(slots.answer[slot]), ids[:lengths[slot]])
-    over, lengths = (torch.tensor(x, device=slots.done.device) for x in (over, lengths))
-    slots.end(over, lengths, over)
+    if any(over):
+        over, lengths = (torch.tensor(x, device=slots.done.device) for x in (over, lengths))
+        slots.end(over, lengths, over)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
