@@ -127,8 +127,11 @@ def as_response(prompt: str | list, response: str | list) -> str | list:
     return response
 
 
-def with_system(row: dict, messages: list[dict]) -> list[dict]:
-    return [{"role": "system", "content": text_field(row, "system")}, *messages] if row.get("system") else messages
+def with_system(row: dict, prompt: str | list) -> str | list:
+    if not row.get("system"):
+        return prompt
+    system = text_field(row, "system")
+    return f"{system}\n\n{prompt}" if isinstance(prompt, str) else [{"role": "system", "content": system}, *prompt]
 
 
 def split_messages(messages: list[dict], train_on: str) -> tuple[list, list]:
@@ -142,32 +145,49 @@ def split_messages(messages: list[dict], train_on: str) -> tuple[list, list]:
 
 ALPACA = ("Below is an instruction that describes a task{0}. Write a response that appropriately completes the request."
           "\n\n### Instruction:\n{1}\n\n{2}### Response:\n")
+QUESTIONS = ("question", "problem", "query", "instruction", "input")  # what a prompt is called that is not laid out yet
+ANSWERS = ("completion", "output", "response", "solution", "answer")
+
+
+def first_of(keys: tuple, row: dict) -> str | None:
+    return next((key for key in keys if row.get(key) is not None), None)
+
+
+def asked(row: dict, chat: bool) -> str | list | None:
+    """The prompt, under whichever name; None: there is none. A question with its input or context is the user's message, or
+    (without chat, which says that the tokenizer has a template) text."""
+    key = first_of(("prompt", "conversations", "messages"), row)
+    if key:
+        return text_or_messages(row, key)
+    key = first_of(QUESTIONS, row)
+    if key is None:
+        return None
+    task = text_field(row, key)
+    given = next((text_field(row, name) for name in ("input", "context") if name != key and row.get(name)), "")
+    if chat or key != "instruction":
+        text = f"{task}\n{given}" if given else task
+        return [{"role": "user", "content": text}] if chat else text + "\n"
+    given = (", paired with an input that provides further context", f"### Input:\n{given}\n\n") if given else ("", "")
+    return ALPACA.format(given[0], task, given[1])
 
 
 def sft_row(row: dict, train_on: str, chat: bool) -> Draft:
-    """{prompt, completion}, {messages}, alpaca {instruction, input, output}, ShareGPT {conversations}, {text}, or the
-    chosen side of a preference row. chat: the tokenizer has a template, so alpaca rows become messages."""
+    """{prompt, completion}, {messages}, alpaca {instruction, input, output}, ShareGPT {conversations}, other questions and answers,
+    {text}, or the chosen side of a preference row."""
     if "chosen" in row:
         draft = preference_row(row, train_on, chat)
         return Draft(draft.prompt, draft.responses[:1], [True])
-    if "completion" in row and "prompt" in row:
-        prompt = text_or_messages(row, "prompt")
-        return Draft(prompt, [as_response(prompt, text_or_messages(row, "completion"))], [True])
-    for key in ("messages", "conversations"):
-        if key in row:
-            prompt, response = split_messages(with_system(row, messages_field(row, key)), train_on)
-            return Draft(prompt, [response], [True])
-    if "instruction" in row and "output" in row:
-        task, given, answer = (text_field({"input": "", **row}, key) for key in ("instruction", "input", "output"))
-        if chat:
-            prompt = with_system(row, [{"role": "user", "content": f"{task}\n{given}" if given else task}])
-            return Draft(prompt, [[{"role": "assistant", "content": answer}]], [True])
-        given = (", paired with an input that provides further context", f"### Input:\n{given}\n\n") if given else ("", "")
-        return Draft(ALPACA.format(given[0], task, given[1]), [answer], [True])
+    conversation = first_of(("messages", "conversations"), row)
+    if conversation and not ("prompt" in row and "completion" in row):
+        prompt, response = split_messages(with_system(row, messages_field(row, conversation)), train_on)
+        return Draft(prompt, [response], [True])
+    prompt, answer = asked(row, chat), first_of(ANSWERS, row)
+    if prompt is not None and answer:
+        return Draft(with_system(row, prompt), [as_response(prompt, text_or_messages(row, answer))], [True])
     if "text" in row:
         return Draft("", [text_field(row, "text")], [True])
-    raise ValueError(f"found keys {list(row)}; expected prompt and completion, messages, conversations, "
-                     f"instruction and output, or text")
+    raise ValueError(f"found keys {list(row)}; expected messages, conversations, text, or prompt and completion (or one of "
+                     f"{', '.join(QUESTIONS)} and one of {', '.join(ANSWERS[1:])})")
 
 
 def shared_prompt(chosen: str | list, rejected: str | list) -> int:
@@ -186,8 +206,9 @@ def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
     """{prompt, chosen, rejected} as text or messages; {chosen, rejected} as whole texts or conversations that share a
     prompt, HH transcripts included; ShareGPT {conversations, chosen, rejected}; each with a margin or without. {prompt,
     responses}: a ranking, best first, of which every pair counts."""
-    if "responses" in row and "prompt" in row:
-        prompt, ranked = text_or_messages(row, "prompt"), row["responses"]
+    prompt = asked(row, chat or isinstance(row.get("chosen"), list))
+    if "responses" in row and prompt is not None:
+        prompt, ranked = with_system(row, prompt), row["responses"]
         if not isinstance(ranked, list) or len(ranked) < 2:
             raise ValueError(f"'responses' should be a list of at least two, best first, found {str(ranked)[:60]!r}")
         ranked = [as_response(prompt, text_or_messages({"responses": r}, "responses")) for r in ranked]
@@ -198,16 +219,17 @@ def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
         raise ValueError(f"found keys {list(row)}; expected chosen and rejected, and prompt or conversations beside them "
                          f"unless both begin with the prompt")
     chosen, rejected = text_or_messages(row, "chosen"), text_or_messages(row, "rejected")
-    key = next((key for key in ("prompt", "conversations", "messages") if key in row), None)
-    if key:
-        prompt = text_or_messages(row, key)
+    if prompt is not None:
         if isinstance(prompt, str) and isinstance(chosen, list):
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, list):
             chosen, rejected = (r[len(prompt):] if r[:len(prompt)] == prompt else r for r in (chosen, rejected))
-            prompt = with_system(row, prompt)
+        prompt = with_system(row, prompt)
     elif type(chosen) is type(rejected):
         length = shared_prompt(chosen, rejected)
+        if not length and any(isinstance(row[key], str) and row[key] for key in row.keys() - {"chosen", "rejected"}):
+            raise ValueError(f"'chosen' and 'rejected' begin differently and no column is the prompt; found keys {list(row)}; "
+                             f"name it 'prompt', which may be empty")
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
     else:
         raise ValueError("'chosen' and 'rejected' should both be text or both be messages")
@@ -326,14 +348,13 @@ def steps_row(row: dict, train_on: str, chat: bool) -> Draft:
 
 
 def prompt_row(row: dict, train_on: str, chat: bool) -> Draft:
-    """{prompt} as text or messages; {question} or {problem}, which are the user's message where there is a chat template. Other
-    columns are kept for whoever judges the answer."""
-    if "prompt" in row:
-        return Draft(text_or_messages(row, "prompt"), [], [])
-    key = next((key for key in ("question", "problem") if key in row), None)
-    if key is None:
-        raise ValueError(f"found keys {list(row)}; expected prompt, question or problem")
-    return Draft([{"role": "user", "content": text_field(row, key)}] if chat else text_field(row, key) + "\n", [], [])
+    """{prompt} as text or messages, or a question under another name. Other columns are kept for whoever judges the answer."""
+    prompt = asked(row, chat)
+    if prompt is None:
+        raise ValueError(f"found keys {list(row)}; expected prompt, messages, {', '.join(QUESTIONS[:-1])} or {QUESTIONS[-1]}")
+    if isinstance(prompt, list) and row.get("prompt") is None and prompt[-1]["role"] == "assistant":
+        prompt = prompt[:-1]  # of a whole conversation
+    return Draft(with_system(row, prompt), [], [])
 
 
 FORMATS = {"sft": sft_row, "preference": preference_row, "kto": kto_row, "prm": prm_row, "steps": steps_row, "prompts": prompt_row}
@@ -698,7 +719,7 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
             said = f"{type(error).__name__}: {error}; is a field missing, or of another type?" if wrong_type else error
             raise ValueError(f"{where}: {said}") from None
         if not draft.responses:
-            rows[where] = {"prompt": draft.prompt, **row}
+            rows[where] = {**row, "prompt": draft.prompt if row.get("prompt") is None else row["prompt"]}
         if len(drafts) == 1024:
             flush()
     flush()

@@ -98,6 +98,13 @@ FORMATS = {
     "alpaca": ("sft", {"instruction": "Add.", "input": "1 2", "output": "3"}, [U("Add.\n1 2")], [[A("3")]]),
     "alpaca without input": ("sft", {"instruction": "Add.", "output": "3", "system": "be brief"},
                              [S("be brief"), U("Add.")], [[A("3")]]),
+    "question": ("sft", {"question": "1+1?", "answer": "2"}, [U("1+1?")], [[A("2")]]),  # GSM8K
+    "problem": ("sft", {"problem": "1+1?", "solution": "It is 2", "answer": "2"}, [U("1+1?")], [[A("It is 2")]]),  # NuminaMath
+    "query": ("sft", {"query": "1+1?", "response": "2", "type": "sum"}, [U("1+1?")], [[A("2")]]),  # MetaMathQA
+    "instruction with a context": (  # Dolly
+        "sft", {"instruction": "Add.", "context": "1 2", "response": "3"}, [U("Add.\n1 2")], [[A("3")]]),
+    "system key of text": ("sft", {"system": "be brief", "prompt": "hi\n", "completion": "yo"}, "be brief\n\nhi\n", ["yo"]),
+    "null is not there": ("sft", {"prompt": None, "question": "1+1?", "answer": "2", "text": None}, [U("1+1?")], [[A("2")]]),
     "whole text": ("sft", {"text": "Once upon a time"}, "", ["Once upon a time"]),
     "chosen side": ("sft", {"prompt": "1+1=", "chosen": "2", "rejected": "3"}, "1+1=", ["2"]),
     "pair": ("preference", {"prompt": "1+1=", "chosen": "2", "rejected": "3"}, "1+1=", ["2", "3"]),
@@ -128,8 +135,22 @@ FORMATS = {
     "sharegpt pair": ("preference", {"conversations": [{"from": "human", "value": "hi"}], 
                                      "chosen": {"from": "gpt", "value": "yo"}, "rejected": {"from": "gpt", "value": "no"}},
                      [U("hi")], [[A("yo")], [A("no")]]),
+    "pair with a question": ("preference", {"system": "be brief", "question": "hi", "chosen": "yo", "rejected": "no"},  # Orca
+                             [S("be brief"), U("hi")], [[A("yo")], [A("no")]]),
+    "pair with an instruction": ("preference", {"instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4"},
+                                 [U("Add.\n1 2")], [[A("3")], [A("4")]]),
+    "pair with an input": ("preference", {"system": "", "input": "hi", "chosen": "yo", "rejected": "no"},
+                           [U("hi")], [[A("yo")], [A("no")]]),
+    "pair of text, system key": ("preference", {"system": "be brief", "prompt": "hi\n", "chosen": "yo", "rejected": "no"},
+                                 "be brief\n\nhi\n", ["yo", "no"]),
+    "pair of conversations with a question": (
+        "preference", {"question": "hi", "chosen": [U("hi"), A("yo")], "rejected": [U("hi"), A("no")]},
+        [U("hi")], [[A("yo")], [A("no")]]),
+    "pair without a prompt": ("preference", {"prompt": "", "id": "a", "chosen": "yo", "rejected": "no"}, "", ["yo", "no"]),
     "prompt": ("prompts", {"prompt": "1+1=", "answer": "2"}, "1+1=", []),
     "prompt of messages": ("prompts", {"prompt": [U("hi")]}, [U("hi")], []),
+    "prompt with a system key": ("prompts", {"system": "be brief", "problem": "1+1?", "answer": "2"}, [S("be brief"), U("1+1?")], []),
+    "prompt of a conversation": ("prompts", {"messages": [U("hi"), A("yo"), U("and"), A("so")]}, [U("hi"), A("yo"), U("and")], []),
 }
 each_format = pytest.mark.parametrize("kind, row, prompt, responses", FORMATS.values(), ids=FORMATS)
 
@@ -154,7 +175,7 @@ def test_formats_as_ids(kind, row, prompt, responses, mode, smollm2, tmp_path):
     example, _ = one(tmp_path, row, tokenizer, kind, tokenize=mode)
     asked = prompt or "<|im_start|>" if isinstance(prompt, str) else chatml(prompt) + "<|im_start|>assistant\n"
     assert text_of(tokenizer, example.prompt) == asked
-    assert example.row == (row if kind == "prompts" else None)
+    assert example.row == ({"prompt": prompt, **row} if kind == "prompts" else None)
     for ids, scored, response in zip(example.responses, example.scored, responses, strict=True):
         messages = [A(response)] if isinstance(response, str) else response
         assert runs(tokenizer, ids, scored) == [m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant"]
@@ -172,6 +193,19 @@ def test_alpaca_without_a_template(given, prompt, stories, tmp_path):
     assert data.sft_row(row, "all", False) == data.Draft(prompt, ["3"], [True])
     example, _ = one(tmp_path, row, tokenizer)
     assert text_of(tokenizer, [*example.prompt, *example.responses[0]]) == "<s> " + prompt + "3</s>"
+
+
+@pytest.mark.parametrize("kind, row, prompt", [
+    ("preference", {"system": "be brief", "question": "hi", "chosen": "yo", "rejected": "no"}, "be brief\n\nhi\n"),
+    ("sft", {"query": "Add.", "context": "1 2", "response": "3"}, "Add.\n1 2\n"), ("prompts", {"problem": "1+1?"}, "1+1?\n")])
+def test_questions_without_a_template(kind, row, prompt):
+    assert data.FORMATS[kind](row, "last", False).prompt == prompt
+
+
+@pytest.mark.parametrize("chosen, rejected", [("yo", "no"), ([A("yo")], [A("no")])])
+def test_a_pair_does_not_lose_a_prompt_of_an_unknown_name(chosen, rejected):
+    with pytest.raises(ValueError, match="no column is the prompt; found keys .*'post'.*; name it 'prompt'"):
+        data.preference_row({"post": "hi", "chosen": chosen, "rejected": rejected}, "last", True)
 
 
 @pytest.mark.parametrize("a, b", [
@@ -523,7 +557,7 @@ MALFORMED = {
     "two objects": b'{"prompt": "1"} {"completion": "2"}',
     "array": b'["1+1=", "2"]',
     "null": b"null",
-    "no known keys": b'{"question": "1+1=", "answer": "2"}',
+    "no known keys": b'{"left": "1+1=", "right": "2"}',
     "no completion": b'{"prompt": "1+1="}',
     "number for text": b'{"prompt": "1+1=", "completion": 2}',
     "null for text": b'{"prompt": null, "completion": "2"}',

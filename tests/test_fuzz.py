@@ -24,15 +24,17 @@ MORE = [USER, AI, {"role": "user", "content": "Sure?"}, {"role": "assistant", "c
 GOOD = {
     "sft": [{"prompt": "a b", "completion": " c d"}, {"messages": MORE}, {"text": "all of it"}, {"system": "Be short.", "messages": [USER, AI]},
             {"instruction": "Add", "input": "2 2", "output": "4"}, {"prompt": [USER], "completion": [AI]},
-            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}],
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+            {"system": "Be short.", "query": "2 + 2?", "context": "in the ring of 3", "response": "1"}],
     "preference": [{"prompt": "a b", "chosen": " c", "rejected": " d e", "margin": 0.5}, {"prompt": [USER], "chosen": [AI], "rejected": MORE[3:]},
                    {"chosen": "\n\nHuman: hi\n\nAssistant: ho", "rejected": "\n\nHuman: hi\n\nAssistant: no"},
-                   {"prompt": "best first", "responses": [" a", " b", " c"]}, {"chosen": MORE, "rejected": [*MORE[:3], AI]}],
+                   {"prompt": "best first", "responses": [" a", " b", " c"]}, {"chosen": MORE, "rejected": [*MORE[:3], AI]},
+                   {"system": "Be short.", "question": "2 + 2?", "chosen": "4", "rejected": "5"}],
     "kto": [{"prompt": "a b", "completion": " c", "label": True}, {"messages": MORE, "label": 0}, {"prompt": "p", "chosen": " c", "rejected": " d"}],
     "prm": [{"prompt": "sum", "completions": ["one", "two"], "labels": [True, False]}, {"prompt": "sum", "completions": ["one"], "labels": [0.5]},
             {"input": "x Step 1: a \u043a\u0438 Step 2: b \u043a\u0438", "label": "x Step 1: a + Step 2: b -"},
             {"input": "q", "steps": ["s", "t"], "mistake_index": 1}],
-    "prompts": [{"prompt": "say", "answer": 3}, {"question": "why"}, {"problem": "1 + 1"}, {"prompt": [USER]}]}
+    "prompts": [{"prompt": "say", "answer": 3}, {"question": "why"}, {"problem": "1 + 1"}, {"prompt": [USER]}, {"messages": MORE}]}
 ODD = ["", " ", "\0", "a\0b", "\ud800", "x\udfffy", "\u202e\u0301", "🙂" * 3, "<|end|>", "x" * 20_000, None, True, False, 0, -1, 2, 1.5, 1e999,
        float("nan"), 10**30, [], {}, [[]], [[[[1]]]], [None], [{}], {"role": "user"}, {"a": {"b": []}}, [1, "a", None], [USER, 3], "assistant"]
 CHATML = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
