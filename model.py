@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from losses import Projected, linear_log_probs
+from losses import Projected, linear_log_probs, wide
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shape: what config.json says, in one vocabulary for every family
@@ -182,23 +182,24 @@ def _varlen(q, k, v, batch, window):
 
 
 def _grouped(q, k, v, batch, window):
-    """Segments of similar lengths side by side in one padded SDPA call per group: any device, any dtype."""
-    q, k, v = q.index_select(0, batch["group_q"]), k.index_select(0, batch["group_k"]), v.index_select(0, batch["group_k"])
-    out, at_q, at_k, at = [], 0, 0, 0
-    for rows, length_q, length_k in batch["groups"]:
-        blocks = [x[begin:begin + rows * length].view(rows, length, -1, x.shape[-1]).transpose(1, 2)  # (B, H, L, E)
-                  for x, begin, length in ((q, at_q, length_q), (k, at_k, length_k), (v, at_k, length_k))]
-        offset = batch["group_offset"][at:at + rows, None, None]  # keys before the first query
-        at_q, at_k, at = at_q + rows * length_q, at_k + rows * length_k, at + rows
-        mask = batch["masks"].get((at, window))  # the same for every layer
+    """Segments of similar lengths side by side in one padded SDPA call per group: any device, any dtype. In fp32 or wider: on a CPU
+    SDPA in bf16 takes twice as long."""
+    dtype, groups, out = q.dtype, batch["groups"], []  # parts are split off: of slices, each would have a gradient of the whole
+    q = wide(q).index_select(0, batch["group_q"]).split([rows * length for rows, length, _ in groups])
+    k, v = (wide(x).index_select(0, batch["group_k"]).split([rows * length for rows, _, length in groups]) for x in (k, v))
+    offsets = batch["group_offset"].split([rows for rows, _, _ in groups])  # keys before the first query
+    for i, (rows, length_q, length_k) in enumerate(groups):
+        mask = batch["masks"].get((i, window))  # the same for every layer
         if mask is None:
-            place = torch.arange(length_q, device=q.device)[:, None] + offset  # (B, Lq, 1)
-            distance = place - torch.arange(length_k, device=q.device)  # (B, Lq, Lk), both as places among the keys
+            place = torch.arange(length_q, device=offsets[i].device)[:, None] + offsets[i][:, None, None]  # (B, Lq, 1)
+            distance = place - torch.arange(length_k, device=place.device)  # (B, Lq, Lk), both as places among the keys
             mask = (distance >= 0) & (distance < window if window else True)
-            mask = batch["masks"][at, window] = mask[:, None]
-        attended = F.scaled_dot_product_attention(*blocks, attn_mask=mask, enable_gqa=True)
+            mask = batch["masks"][i, window] = mask[:, None]
+        blocks = [x[i].unflatten(0, (rows, -1)).transpose(1, 2) for x in (q, k, v)]  # (B, H, L, E)
+        with torch.autocast(mask.device.type, enabled=False):
+            attended = F.scaled_dot_product_attention(*blocks, attn_mask=mask, enable_gqa=True)
         out.append(attended.transpose(1, 2).flatten(0, 1))
-    return torch.cat(out).index_select(0, batch["group_inverse"])
+    return torch.cat(out).index_select(0, batch["group_inverse"]).to(dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

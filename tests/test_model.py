@@ -1,4 +1,5 @@
 """The decoder equals transformers' models, folders go there and back, and packing changes nothing."""
+import contextlib
 import json
 
 import numpy as np
@@ -211,6 +212,11 @@ def test_varlen_segments_describe_the_same_attention():
             scores = scores.masked_fill((distance < 0) | (distance >= (window or 10**9)), -torch.inf)
             pieces.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1), v[keys].repeat_interleave(2, 1)))
         close(model.packed_attention(q, k, v, {**grouped, "masks": {}}, window), torch.cat(pieces), 1e-5)
+        rounded = [x.bfloat16() for x in (q, k, v)]
+        exact = model.packed_attention(*(x.float() for x in rounded), {**grouped, "masks": {}}, window)
+        for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+            with context:  # 16 bits in and out, and nothing is rounded in between
+                assert torch.equal(model.packed_attention(*rounded, {**grouped, "masks": {}}, window), exact.bfloat16())
 
 
 def test_no_graph_is_made_after_the_first_step():
