@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import tempfile
 import zlib
 from collections import Counter
@@ -127,11 +128,15 @@ def as_response(prompt: str | list, response: str | list) -> str | list:
     return response
 
 
-def with_system(row: dict, prompt: str | list) -> str | list:
-    if not row.get("system"):
+def with_system(row: dict, prompt: str | list, chat: bool) -> str | list:
+    """The prompt behind the row's system column."""
+    key = first_of(("system", "system_prompt"), row)
+    if not key or not row[key] or prompt and isinstance(prompt, list) and prompt[0]["role"] == "system":
         return prompt
-    system = text_field(row, "system")
-    return f"{system}\n\n{prompt}" if isinstance(prompt, str) else [{"role": "system", "content": system}, *prompt]
+    if isinstance(prompt, str) and not chat:
+        return f"{text_field(row, key)}\n\n{prompt}"
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [{"role": "system", "content": text_field(row, key)}, *prompt]
 
 
 def split_messages(messages: list[dict], train_on: str) -> tuple[list, list]:
@@ -145,30 +150,32 @@ def split_messages(messages: list[dict], train_on: str) -> tuple[list, list]:
 
 ALPACA = ("Below is an instruction that describes a task{0}. Write a response that appropriately completes the request."
           "\n\n### Instruction:\n{1}\n\n{2}### Response:\n")
-QUESTIONS = ("question", "problem", "query", "instruction", "input")  # what a prompt is called that is not laid out yet
+QUESTIONS = ("instruction", "question", "problem", "query", "input")  # a prompt that is not laid out yet
+CONVERSATIONS = ("messages", "conversations")
 ANSWERS = ("completion", "output", "response", "solution", "answer")
 
 
 def first_of(keys: tuple, row: dict) -> str | None:
-    return next((key for key in keys if row.get(key) is not None), None)
+    """The first that says something, or else that is there."""
+    return next((key for key in keys if row.get(key)), next((key for key in keys if key in row), None))
 
 
-def asked(row: dict, chat: bool) -> str | list | None:
-    """The prompt, under whichever name; None: there is none. A question with its input or context is the user's message, or
-    (without chat, which says that the tokenizer has a template) text."""
-    key = first_of(("prompt", "conversations", "messages"), row)
-    if key:
-        return text_or_messages(row, key)
-    key = first_of(QUESTIONS, row)
-    if key is None:
-        return None
-    task = text_field(row, key)
-    given = next((text_field(row, name) for name in ("input", "context") if name != key and row.get(name)), "")
-    if chat or key != "instruction":
-        text = f"{task}\n{given}" if given else task
-        return [{"role": "user", "content": text}] if chat else text + "\n"
-    given = (", paired with an input that provides further context", f"### Input:\n{given}\n\n") if given else ("", "")
-    return ALPACA.format(given[0], task, given[1])
+def prompt_of(row: dict, chat: bool, keys: tuple) -> str | list | None:
+    """The prompt under the first of these names, or None. chat: the tokenizer has a template, so a question is the user's message;
+    without, it is text."""
+    key = first_of(keys, row)
+    if key not in QUESTIONS:
+        return text_or_messages(row, key) if key else None
+    task, more = text_field(row, key), first_of(("input", "context"), row) if key == "instruction" else None
+    given, history = text_field(row, more) if more else "", row.get("history") or []
+    if chat or history:
+        turns = [turn for pair in history for turn in zip(("user", "assistant"), pair, strict=True)]
+        turns.append(("user", f"{task}\n{given}" if given else task))
+        return [{"role": role, "content": text} for role, text in turns]
+    if key != "instruction":
+        return task + "\n"
+    return ALPACA.format(", paired with an input that provides further context" * bool(given), task,
+                         f"### Input:\n{given}\n\n" * bool(given))
 
 
 def sft_row(row: dict, train_on: str, chat: bool) -> Draft:
@@ -177,17 +184,21 @@ def sft_row(row: dict, train_on: str, chat: bool) -> Draft:
     if "chosen" in row:
         draft = preference_row(row, train_on, chat)
         return Draft(draft.prompt, draft.responses[:1], [True])
-    conversation = first_of(("messages", "conversations"), row)
-    if conversation and not ("prompt" in row and "completion" in row):
-        prompt, response = split_messages(with_system(row, messages_field(row, conversation)), train_on)
+    if "prompt" in row and "completion" in row:
+        keys, answer = ("prompt",), "completion"
+    elif conversation := first_of(CONVERSATIONS, row):
+        prompt, response = split_messages(with_system(row, messages_field(row, conversation), chat), train_on)
         return Draft(prompt, [response], [True])
-    prompt, answer = asked(row, chat), first_of(ANSWERS, row)
-    if prompt is not None and answer:
-        return Draft(with_system(row, prompt), [as_response(prompt, text_or_messages(row, answer))], [True])
-    if "text" in row:
+    elif "text" in row and not ("instruction" in row and "output" in row):
         return Draft("", [text_field(row, "text")], [True])
-    raise ValueError(f"found keys {list(row)}; expected messages, conversations, text, or prompt and completion (or one of "
-                     f"{', '.join(QUESTIONS)} and one of {', '.join(ANSWERS[1:])})")
+    else:  # a prompt beside an instruction is the instruction laid out
+        keys, answer = (*QUESTIONS[:-1], "prompt", QUESTIONS[-1]), first_of(ANSWERS, row)
+    prompt = prompt_of(row, chat, keys)
+    if prompt is None or not answer:
+        raise ValueError(f"found keys {list(row)}; expected messages, conversations, text, or prompt and completion (or one of "
+                         f"{', '.join(QUESTIONS)} and one of {', '.join(ANSWERS[1:])})")
+    prompt = with_system(row, prompt, chat)
+    return Draft(prompt, [as_response(prompt, text_or_messages(row, answer))], [True])
 
 
 def shared_prompt(chosen: str | list, rejected: str | list) -> int:
@@ -202,37 +213,48 @@ def shared_prompt(chosen: str | list, rejected: str | list) -> int:
     return max(chosen.rfind(" ", 0, common), chosen.rfind("\n", 0, common) + 1)  # a space belongs to the word behind it
 
 
+def is_whole(response: str | list) -> bool:
+    """Does it begin with its prompt: a conversation, or an HH transcript?"""
+    if isinstance(response, str):
+        return response.startswith("\n\nHuman:")
+    return bool(response) and response[0]["role"] in ("system", "user")
+
+
 def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
     """{prompt, chosen, rejected} as text or messages; {chosen, rejected} as whole texts or conversations that share a
     prompt, HH transcripts included; ShareGPT {conversations, chosen, rejected}; each with a margin or without. {prompt,
     responses}: a ranking, best first, of which every pair counts."""
-    prompt = asked(row, chat or isinstance(row.get("chosen"), list))
-    if "responses" in row and prompt is not None:
-        prompt, ranked = with_system(row, prompt), row["responses"]
-        if not isinstance(ranked, list) or len(ranked) < 2:
-            raise ValueError(f"'responses' should be a list of at least two, best first, found {str(ranked)[:60]!r}")
+    missing, keys = [key for key in ("chosen", "rejected") if key not in row], ("prompt", *CONVERSATIONS, *QUESTIONS)
+    if "responses" in row and missing:
+        prompt, ranked = prompt_of(row, chat, keys), row["responses"]
+        if prompt is None or not isinstance(ranked, list) or len(ranked) < 2:
+            raise ValueError(f"'responses' should be a list of at least two, best first, with a prompt; found {str(ranked)[:60]!r}")
+        prompt = with_system(row, prompt, chat)
         ranked = [as_response(prompt, text_or_messages({"responses": r}, "responses")) for r in ranked]
         better, worse = zip(*itertools.combinations(range(len(ranked)), 2))
         return Draft(prompt, ranked, [True] + [False] * (len(ranked) - 1), [*better], [*worse], [0.0] * len(better))
-    missing = [key for key in ("chosen", "rejected") if key not in row]
     if missing:
         raise ValueError(f"found keys {list(row)}; expected chosen and rejected, and prompt or conversations beside them "
                          f"unless both begin with the prompt")
     chosen, rejected = text_or_messages(row, "chosen"), text_or_messages(row, "rejected")
-    if prompt is not None:
-        if isinstance(prompt, str) and isinstance(chosen, list):
-            prompt = [{"role": "user", "content": prompt}]
-        if isinstance(prompt, list):
-            chosen, rejected = (r[len(prompt):] if r[:len(prompt)] == prompt else r for r in (chosen, rejected))
-        prompt = with_system(row, prompt)
-    elif type(chosen) is type(rejected):
-        length = shared_prompt(chosen, rejected)
-        if not length and any(isinstance(row[key], str) and row[key] for key in row.keys() - {"chosen", "rejected"}):
+    prompt = prompt_of(row, chat, keys)
+    if isinstance(prompt, str) and isinstance(chosen, list):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list):
+        chosen, rejected = (r[len(prompt):] if r[:len(prompt)] == prompt else r for r in (chosen, rejected))
+    goes_on = isinstance(prompt, list) and prompt[-1]["role"] != "user"
+    if prompt is None or is_whole(chosen) and is_whole(rejected) and not goes_on:
+        if type(chosen) is not type(rejected):
+            raise ValueError("'chosen' and 'rejected' should both be text or both be messages")
+        length, own = shared_prompt(chosen, rejected), prompt
+        others = [key for key, value in row.items() if value and isinstance(value, (str, list, dict))]
+        if not length and {*others} - {"chosen", "rejected"}:
             raise ValueError(f"'chosen' and 'rejected' begin differently and no column is the prompt; found keys {list(row)}; "
                              f"name it 'prompt', which may be empty")
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
-    else:
-        raise ValueError("'chosen' and 'rejected' should both be text or both be messages")
+        if isinstance(own, list) and own[0]["role"] == "system":
+            prompt = with_system({"system": own[0]["content"]}, prompt, chat)
+    prompt = with_system(row, prompt, chat)
     margin = row.get("margin") or 0.0
     if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) < 1e38:  # nor NaN
         raise ValueError(f"'margin' should be a number, found {str(margin)[:60]!r}")
@@ -349,12 +371,27 @@ def steps_row(row: dict, train_on: str, chat: bool) -> Draft:
 
 def prompt_row(row: dict, train_on: str, chat: bool) -> Draft:
     """{prompt} as text or messages, or a question under another name. Other columns are kept for whoever judges the answer."""
-    prompt = asked(row, chat)
+    prompt = prompt_of(row, chat, ("prompt", *QUESTIONS, *CONVERSATIONS))
     if prompt is None:
         raise ValueError(f"found keys {list(row)}; expected prompt, messages, {', '.join(QUESTIONS[:-1])} or {QUESTIONS[-1]}")
-    if isinstance(prompt, list) and row.get("prompt") is None and prompt[-1]["role"] == "assistant":
-        prompt = prompt[:-1]  # of a whole conversation
-    return Draft(with_system(row, prompt), [], [])
+    if isinstance(prompt, list) and "prompt" not in row and prompt[-1]["role"] == "assistant":
+        prompt = split_messages(prompt, "last")[0]
+    return Draft(with_system(row, prompt, chat), [], [])
+
+
+class Row(dict):
+    """A row that notes which of its columns are read; without nulls: these are columns that are not there."""
+
+    def __init__(self, row: dict, nulls: bool):
+        super().__init__(row if nulls else {key: value for key, value in row.items() if value is not None})
+        self.read = set()
+
+    def __getitem__(self, key):
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        return self[key] if key in self else default
 
 
 FORMATS = {"sft": sft_row, "preference": preference_row, "kto": kto_row, "prm": prm_row, "steps": steps_row, "prompts": prompt_row}
@@ -686,6 +723,7 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
     """Read, tokenize and truncate every row; a malformed one stops the run unless bad_rows = "skip"."""
     train_on, chat, counts = cfg.train_on or TRAIN_ON[kind], bool(tokenizer.chat_template), Counter()
     examples, sizes, drafts, rows, longest_prompt = Stored(cfg.cache_dir), array.array("q"), [], {}, cfg.max_prompt_length
+    columns, noted = set(), set()  # those there are, and those that were read
     if kind == "prompts":  # the answer wants room
         longest_prompt = min(longest_prompt or cfg.max_length, cfg.max_length - cfg.max_new_tokens)
         if longest_prompt < 1:
@@ -707,7 +745,10 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
             row = json.loads(row) if isinstance(row, bytes) else row
             if not isinstance(row, dict):
                 raise ValueError(f"expected an object, found {type(row).__name__}")
-            draft = FORMATS[kind](row, train_on, chat)
+            noting = Row(row, nulls=kind in ("prm", "steps"))  # theirs say something
+            draft = FORMATS[kind](noting, train_on, chat)
+            columns |= noting.keys()
+            noted |= noting.read
             prompt, responses = render(draft, tokenizer, train_on)
             check_characters("".join([prompt, *(text for text, _ in responses)]))
             drafts.append((where, draft, prompt, responses))
@@ -719,11 +760,13 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
             said = f"{type(error).__name__}: {error}; is a field missing, or of another type?" if wrong_type else error
             raise ValueError(f"{where}: {said}") from None
         if not draft.responses:
-            rows[where] = {**row, "prompt": draft.prompt if row.get("prompt") is None else row["prompt"]}
+            rows[where] = {**row, "prompt": draft.prompt}
         if len(drafts) == 1024:
             flush()
     flush()
     counts["used"] = len(examples)
+    if show and kind in ("sft", "preference", "kto") and columns - noted:
+        print(f"{paths}: columns that are not read: {', '.join(sorted(columns - noted))}", file=sys.stderr)
     if not examples:
         raise ValueError(f"{paths}: no row left to train on ({counted(counts)})")
     return as_dataset(examples, counts, sizes)
@@ -947,7 +990,6 @@ def rounded(length: int) -> int:
 
 if __name__ == "__main__":
     import signal
-    import sys
 
     import preview
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it

@@ -103,8 +103,17 @@ FORMATS = {
     "query": ("sft", {"query": "1+1?", "response": "2", "type": "sum"}, [U("1+1?")], [[A("2")]]),  # MetaMathQA
     "instruction with a context": (  # Dolly
         "sft", {"instruction": "Add.", "context": "1 2", "response": "3"}, [U("Add.\n1 2")], [[A("3")]]),
-    "system key of text": ("sft", {"system": "be brief", "prompt": "hi\n", "completion": "yo"}, "be brief\n\nhi\n", ["yo"]),
-    "null is not there": ("sft", {"prompt": None, "question": "1+1?", "answer": "2", "text": None}, [U("1+1?")], [[A("2")]]),
+    "problem without a solution": ("sft", {"problem": "1+1?", "solution": "", "answer": "2"}, [U("1+1?")], [[A("2")]]),
+    "instruction that is laid out": ("sft", {"instruction": "Add.", "input": "1 2", "output": "3", "prompt": "Add.\n1 2\n3"},
+                                     [U("Add.\n1 2")], [[A("3")]]),
+    "instruction beside an empty prompt": ("sft", {"prompt": "", "instruction": "Add.", "output": "3"}, [U("Add.")], [[A("3")]]),
+    "history": ("sft", {"instruction": "and", "output": "so", "history": [["hi", "yo"]]}, [U("hi"), A("yo"), U("and")], [[A("so")]]),
+    "system prompt": ("sft", {"system_prompt": "be brief", "question": "hi", "response": "yo"},  # OpenOrca
+                      [S("be brief"), U("hi")], [[A("yo")]]),
+    "system key beside text": ("sft", {"system": "be brief", "prompt": "hi", "completion": "yo"}, [S("be brief"), U("hi")], [[A("yo")]]),
+    "system key beside a system's turn": ("sft", {"system": "be brief", "messages": [S("be long"), U("hi"), A("yo")]},
+                                          [S("be long"), U("hi")], [[A("yo")]]),
+    "text beside a question": ("sft", {"question": "1+1?", "answer": "2", "text": "1+1? 2"}, "", ["1+1? 2"]),
     "whole text": ("sft", {"text": "Once upon a time"}, "", ["Once upon a time"]),
     "chosen side": ("sft", {"prompt": "1+1=", "chosen": "2", "rejected": "3"}, "1+1=", ["2"]),
     "pair": ("preference", {"prompt": "1+1=", "chosen": "2", "rejected": "3"}, "1+1=", ["2", "3"]),
@@ -141,8 +150,22 @@ FORMATS = {
                                  [U("Add.\n1 2")], [[A("3")], [A("4")]]),
     "pair with an input": ("preference", {"system": "", "input": "hi", "chosen": "yo", "rejected": "no"},
                            [U("hi")], [[A("yo")], [A("no")]]),
-    "pair of text, system key": ("preference", {"system": "be brief", "prompt": "hi\n", "chosen": "yo", "rejected": "no"},
-                                 "be brief\n\nhi\n", ["yo", "no"]),
+    "pair of text, system key": ("preference", {"system": "be brief", "prompt": "hi", "chosen": "yo", "rejected": "no"},  # truthy-dpo
+                                 [S("be brief"), U("hi")], [[A("yo")], [A("no")]]),
+    "pair of conversations with a system": ("preference", {
+        "prompt": "hi", "chosen": [S("be brief"), U("hi"), A("yo")], "rejected": [S("be brief"), U("hi"), A("no")]},
+        [S("be brief"), U("hi")], [[A("yo")], [A("no")]]),
+    "pair of conversations, prompt with a system": ("preference", {
+        "prompt": [S("be brief"), U("hi")], "chosen": [U("hi"), A("yo")], "rejected": [U("hi"), A("no")]},
+        [S("be brief"), U("hi")], [[A("yo")], [A("no")]]),
+    "pair of conversations, last turn as prompt": ("preference", {
+        "prompt": "and ", "chosen": [U("hi"), A("yo"), U("and"), A("so")], "rejected": [U("hi"), A("yo"), U("and"), A("no")]},
+        [U("hi"), A("yo"), U("and")], [[A("so")], [A("no")]]),
+    "hh beside a question": ("preference", {"question": "hi", "chosen": "\n\nHuman: hi\n\nAssistant: yo",
+                                            "rejected": "\n\nHuman: hi\n\nAssistant: yes"},
+                             "\n\nHuman: hi\n\nAssistant:", [" yo", " yes"]),
+    "pair beside responses": ("preference", {"question": "hi", "chosen": "yo", "rejected": "no", "responses": ["no", "yo"]},
+                              [U("hi")], [[A("yo")], [A("no")]]),
     "pair of conversations with a question": (
         "preference", {"question": "hi", "chosen": [U("hi"), A("yo")], "rejected": [U("hi"), A("no")]},
         [U("hi")], [[A("yo")], [A("no")]]),
@@ -150,6 +173,7 @@ FORMATS = {
     "prompt": ("prompts", {"prompt": "1+1=", "answer": "2"}, "1+1=", []),
     "prompt of messages": ("prompts", {"prompt": [U("hi")]}, [U("hi")], []),
     "prompt with a system key": ("prompts", {"system": "be brief", "problem": "1+1?", "answer": "2"}, [S("be brief"), U("1+1?")], []),
+    "question beside a conversation": ("prompts", {"problem": "hi", "messages": [U("hi"), A("yo")]}, [U("hi")], []),
     "prompt of a conversation": ("prompts", {"messages": [U("hi"), A("yo"), U("and"), A("so")]}, [U("hi"), A("yo"), U("and")], []),
 }
 each_format = pytest.mark.parametrize("kind, row, prompt, responses", FORMATS.values(), ids=FORMATS)
@@ -197,15 +221,35 @@ def test_alpaca_without_a_template(given, prompt, stories, tmp_path):
 
 @pytest.mark.parametrize("kind, row, prompt", [
     ("preference", {"system": "be brief", "question": "hi", "chosen": "yo", "rejected": "no"}, "be brief\n\nhi\n"),
-    ("sft", {"query": "Add.", "context": "1 2", "response": "3"}, "Add.\n1 2\n"), ("prompts", {"problem": "1+1?"}, "1+1?\n")])
+    ("sft", {"query": "Add.", "response": "3"}, "Add.\n"), ("prompts", {"problem": "1+1?"}, "1+1?\n")])
 def test_questions_without_a_template(kind, row, prompt):
     assert data.FORMATS[kind](row, "last", False).prompt == prompt
 
 
-@pytest.mark.parametrize("chosen, rejected", [("yo", "no"), ([A("yo")], [A("no")])])
-def test_a_pair_does_not_lose_a_prompt_of_an_unknown_name(chosen, rejected):
+@pytest.mark.parametrize("post, chosen, rejected", [("hi", "yo", "no"), ("hi", [A("yo")], [A("no")]), ([U("hi")], "yo", "no")])
+def test_a_pair_does_not_lose_a_prompt_of_an_unknown_name(post, chosen, rejected):
     with pytest.raises(ValueError, match="no column is the prompt; found keys .*'post'.*; name it 'prompt'"):
-        data.preference_row({"post": "hi", "chosen": chosen, "rejected": rejected}, "last", True)
+        data.preference_row({"post": post, "chosen": chosen, "rejected": rejected}, "last", True)
+
+
+def test_a_pair_may_go_on_behind_its_prompt():
+    row = {"prompt": [U("hi"), A("yo")], "chosen": [U("and"), A("so")], "rejected": [U("and"), A("no")]}
+    assert data.preference_row(row, "last", True)[:2] == ([U("hi"), A("yo")], [row["chosen"], row["rejected"]])
+
+
+def test_what_is_not_read_is_said(tmp_path, capsys):
+    rows = [{"id": 1, "prompt": "1", "completion": "2", "tools": None}, {"post": "hi", "question": "1", "answer": "2"}]
+    tokenizer = data.Tokenizer(ARITHMETIC)
+    read = lambda file, kind: data.load(file, kind, tokenizer, config.load(["--max_length=99"]))
+    assert len(read(write(tmp_path / "rows.jsonl", rows), "sft")) == 2 and capsys.readouterr().err.endswith("rows.jsonl: columns that are not read: id, post\n")
+    read(write(tmp_path / "all.jsonl", [{"prompt": "1", "chosen": "2", "rejected": "3", "margin": 1.0}]), "preference")
+    assert "not read" not in capsys.readouterr().err
+
+
+def test_nulls_are_columns_that_are_not_there(tmp_path):
+    rows = [{"prompt": None, "completion": None, "chosen": None, "messages": [U("1"), A("2")]},
+            {"prompt": None, "question": "1", "answer": "2", "text": None, "system": None}]
+    assert len(load(write(tmp_path / "rows.jsonl", rows), with_template(tmp_path, ARITHMETIC, REFUSING))) == 2
 
 
 @pytest.mark.parametrize("a, b", [

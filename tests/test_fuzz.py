@@ -25,7 +25,7 @@ GOOD = {
     "sft": [{"prompt": "a b", "completion": " c d"}, {"messages": MORE}, {"text": "all of it"}, {"system": "Be short.", "messages": [USER, AI]},
             {"instruction": "Add", "input": "2 2", "output": "4"}, {"prompt": [USER], "completion": [AI]},
             {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
-            {"system": "Be short.", "query": "2 + 2?", "context": "in the ring of 3", "response": "1"}],
+            {"system": "Be short.", "instruction": "2 + 2?", "context": "in the ring of 3", "history": [["a", "b"]], "response": "1"}],
     "preference": [{"prompt": "a b", "chosen": " c", "rejected": " d e", "margin": 0.5}, {"prompt": [USER], "chosen": [AI], "rejected": MORE[3:]},
                    {"chosen": "\n\nHuman: hi\n\nAssistant: ho", "rejected": "\n\nHuman: hi\n\nAssistant: no"},
                    {"prompt": "best first", "responses": [" a", " b", " c"]}, {"chosen": MORE, "rejected": [*MORE[:3], AI]},
