@@ -157,7 +157,8 @@ ANSWERS = ("completion", "output", "response", "solution", "answer")
 
 def first_of(keys: tuple, row: dict) -> str | None:
     """The first that says something, or else that is there."""
-    return next((key for key in keys if row.get(key)), next((key for key in keys if key in row), None))
+    there = [key for key in keys if key in row]
+    return next((key for key in there if row[key]), there[0]) if there else None
 
 
 def prompt_of(row: dict, chat: bool, keys: tuple) -> str | list | None:
@@ -247,8 +248,7 @@ def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
         if type(chosen) is not type(rejected):
             raise ValueError("'chosen' and 'rejected' should both be text or both be messages")
         length, own = shared_prompt(chosen, rejected), prompt
-        others = [key for key, value in row.items() if value and isinstance(value, (str, list, dict))]
-        if not length and {*others} - {"chosen", "rejected"}:
+        if not length and any(v and isinstance(v, (str, list, dict)) for k, v in row.items() if k not in ("chosen", "rejected")):
             raise ValueError(f"'chosen' and 'rejected' begin differently and no column is the prompt; found keys {list(row)}; "
                              f"name it 'prompt', which may be empty")
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
@@ -383,7 +383,7 @@ class Row(dict):
     """A row that notes which of its columns are read; without nulls: these are columns that are not there."""
 
     def __init__(self, row: dict, nulls: bool):
-        super().__init__(row if nulls else {key: value for key, value in row.items() if value is not None})
+        super().__init__(row if nulls or None not in row.values() else {k: v for k, v in row.items() if v is not None})
         self.read = set()
 
     def __getitem__(self, key):
