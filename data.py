@@ -180,8 +180,8 @@ def prompt_of(row: dict, chat: bool, keys: tuple) -> str | list | None:
 
 
 def sft_row(row: dict, train_on: str, chat: bool) -> Draft:
-    """{prompt, completion}, {messages}, alpaca {instruction, input, output}, ShareGPT {conversations}, other questions and answers,
-    {text}, or the chosen side of a preference row."""
+    """{prompt, completion}, {messages}, alpaca {instruction, input, output}, ShareGPT {conversations}, other questions with
+    answers, {text}, or the chosen side of a preference row."""
     if "chosen" in row:
         draft = preference_row(row, train_on, chat)
         return Draft(draft.prompt, draft.responses[:1], [True])
@@ -221,24 +221,29 @@ def is_whole(response: str | list) -> bool:
     return bool(response) and response[0]["role"] in ("system", "user")
 
 
+def ranked_row(row: dict, chat: bool) -> Draft:
+    """{prompt, responses}: best first, of which every pair counts."""
+    prompt, ranked = prompt_of(row, chat, ("prompt", *CONVERSATIONS, *QUESTIONS)), row["responses"]
+    if prompt is None or not isinstance(ranked, list) or len(ranked) < 2:
+        raise ValueError(f"'responses' should be a list of at least two, best first, with a prompt; found {str(ranked)[:60]!r}")
+    prompt = with_system(row, prompt, chat)
+    ranked = [as_response(prompt, text_or_messages({"responses": r}, "responses")) for r in ranked]
+    better, worse = zip(*itertools.combinations(range(len(ranked)), 2))
+    return Draft(prompt, ranked, [True] + [False] * (len(ranked) - 1), [*better], [*worse], [0.0] * len(better))
+
+
 def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
-    """{prompt, chosen, rejected} as text or messages; {chosen, rejected} as whole texts or conversations that share a
-    prompt, HH transcripts included; ShareGPT {conversations, chosen, rejected}; each with a margin or without. {prompt,
-    responses}: a ranking, best first, of which every pair counts."""
-    missing, keys = [key for key in ("chosen", "rejected") if key not in row], ("prompt", *CONVERSATIONS, *QUESTIONS)
-    if "responses" in row and missing:
-        prompt, ranked = prompt_of(row, chat, keys), row["responses"]
-        if prompt is None or not isinstance(ranked, list) or len(ranked) < 2:
-            raise ValueError(f"'responses' should be a list of at least two, best first, with a prompt; found {str(ranked)[:60]!r}")
-        prompt = with_system(row, prompt, chat)
-        ranked = [as_response(prompt, text_or_messages({"responses": r}, "responses")) for r in ranked]
-        better, worse = zip(*itertools.combinations(range(len(ranked)), 2))
-        return Draft(prompt, ranked, [True] + [False] * (len(ranked) - 1), [*better], [*worse], [0.0] * len(better))
+    """{prompt, chosen, rejected} as text or messages, or with a question; {chosen, rejected} as whole texts or conversations that
+    share a prompt, HH transcripts included; ShareGPT {conversations, chosen, rejected}; each with a margin or without. Or a
+    ranking."""
+    missing = [key for key in ("chosen", "rejected") if key not in row]
+    if missing and "responses" in row:
+        return ranked_row(row, chat)
     if missing:
         raise ValueError(f"found keys {list(row)}; expected chosen and rejected, and prompt or conversations beside them "
                          f"unless both begin with the prompt")
     chosen, rejected = text_or_messages(row, "chosen"), text_or_messages(row, "rejected")
-    prompt = prompt_of(row, chat, keys)
+    prompt = prompt_of(row, chat, ("prompt", *CONVERSATIONS, *QUESTIONS))
     if isinstance(prompt, str) and isinstance(chosen, list):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list):

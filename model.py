@@ -182,8 +182,8 @@ def _varlen(q, k, v, batch, window):
 
 
 def _grouped(q, k, v, batch, window):
-    """Segments of similar lengths side by side in one padded SDPA call per group: any device, any dtype. In fp32 or wider: on a CPU
-    SDPA in bf16 takes twice as long."""
+    """Segments of similar lengths side by side in one padded SDPA call per group: any device, any dtype. In fp32 or wider: on a
+    CPU, SDPA in bf16 takes twice as long."""
     dtype, groups, out = q.dtype, batch["groups"], []  # parts are split off: of slices, each would have a gradient of the whole
     q = wide(q).index_select(0, batch["group_q"]).split([rows * length for rows, length, _ in groups])
     k, v = (wide(x).index_select(0, batch["group_k"]).split([rows * length for rows, _, length in groups]) for x in (k, v))
