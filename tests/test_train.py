@@ -1,5 +1,6 @@
 """The loop: results do not depend on micro-batches, ranks or interruptions. Real runs on the arithmetic rows."""
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -439,3 +440,21 @@ def test_two_thousand_steps_are_as_good_as_two_hundred(tmp_path):
     memory, files = ([median([v[i] for v in part]) for part in (early, late)] for i in (0, 1))
     print(f"steps 21 to 220 against 1,801 to 2,000: {memory} MB, {files} open files, {seconds} s a step")
     assert memory[1] < memory[0] + 10 and files[1] <= files[0] and seconds[1] < 1.2 * seconds[0]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another allocator than glibc's")
+@pytest.mark.parametrize("megabytes", [1, 200])
+def test_freed_memory_is_used_again(megabytes):
+    """Without being given back and taken anew, page by page."""
+    script = """
+import resource, sys, torch, train
+train.keep_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+made = lambda: torch.ones(int(sys.argv[1]) * 2**18).sum()
+made(), made()
+before = faults()
+made()
+print(faults() - before)
+"""
+    found = subprocess.run([sys.executable, "-c", script, str(megabytes)], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 50  # a page is 4 kB: 256 and more in a megabyte
