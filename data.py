@@ -102,7 +102,7 @@ def messages_field(row: dict, key: str) -> list[dict]:
     """Messages under OpenAI's names or ShareGPT's; a content of parts is joined; one message counts as a list of one."""
     value = [row[key]] if isinstance(row[key], dict) else row[key]
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-        raise ValueError(f"{key!r} should be a list of messages, found {str(row[key])[:60]!r}")
+        raise ValueError(f"{key!r} should be text or a list of messages, found {str(row[key])[:60]!r}")
     messages = []
     for m in value:
         role, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
@@ -133,7 +133,7 @@ def with_system(row: dict, prompt: str | list, chat: bool) -> str | list:
     key = first_of(("system", "system_prompt"), row)
     if not key or not row[key] or prompt and isinstance(prompt, list) and prompt[0]["role"] == "system":
         return prompt
-    if isinstance(prompt, str) and not chat:
+    if isinstance(prompt, str) and (not chat or is_whole(prompt)):
         return f"{text_field(row, key)}\n\n{prompt}"
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return [{"role": "system", "content": text_field(row, key)}, *prompt]
@@ -168,9 +168,11 @@ def prompt_of(row: dict, chat: bool, keys: tuple) -> str | list | None:
     if key not in QUESTIONS:
         return text_or_messages(row, key) if key else None
     task, more = text_field(row, key), first_of(("input", "context"), row) if key == "instruction" else None
-    given, history = text_field(row, more) if more else "", row.get("history") or []
+    given, history = text_field(row, more) if more else "", row.get("history") or [] if key == "instruction" else []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in history):
+        raise ValueError(f"'history' should be a list of [question, answer], found {str(history)[:60]!r}")
     if chat or history:
-        turns = [turn for pair in history for turn in zip(("user", "assistant"), pair, strict=True)]
+        turns = [turn for pair in history for turn in zip(("user", "assistant"), pair)]
         turns.append(("user", f"{task}\n{given}" if given else task))
         return [{"role": role, "content": text} for role, text in turns]
     if key != "instruction":
@@ -249,16 +251,19 @@ def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
     if isinstance(prompt, list):
         chosen, rejected = (r[len(prompt):] if r[:len(prompt)] == prompt else r for r in (chosen, rejected))
     goes_on = isinstance(prompt, list) and prompt[-1]["role"] != "user"
-    if prompt is None or is_whole(chosen) and is_whole(rejected) and not goes_on:
+    whole = [is_whole(r) for r in (chosen, rejected)]
+    if prompt is None or any(whole) and not goes_on:
         if type(chosen) is not type(rejected):
             raise ValueError("'chosen' and 'rejected' should both be text or both be messages")
         length, own = shared_prompt(chosen, rejected), prompt
+        if own is not None and not (all(whole) and length):
+            raise ValueError("'chosen' and 'rejected' begin differently, and one of them with a prompt of its own")
         if not length and any(v and isinstance(v, (str, list, dict)) for k, v in row.items() if k not in ("chosen", "rejected")):
             raise ValueError(f"'chosen' and 'rejected' begin differently and no column is the prompt; found keys {list(row)}; "
                              f"name it 'prompt', which may be empty")
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
-        if isinstance(own, list) and own[0]["role"] == "system":
-            prompt = with_system({"system": own[0]["content"]}, prompt, chat)
+        if isinstance(own, list) and own[-length:] == prompt:  # they repeat the end of it
+            prompt = own
     prompt = with_system(row, prompt, chat)
     margin = row.get("margin") or 0.0
     if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) < 1e38:  # nor NaN
@@ -379,8 +384,10 @@ def prompt_row(row: dict, train_on: str, chat: bool) -> Draft:
     prompt = prompt_of(row, chat, ("prompt", *QUESTIONS, *CONVERSATIONS))
     if prompt is None:
         raise ValueError(f"found keys {list(row)}; expected prompt, messages, {', '.join(QUESTIONS[:-1])} or {QUESTIONS[-1]}")
-    if isinstance(prompt, list) and "prompt" not in row and prompt[-1]["role"] == "assistant":
+    if isinstance(prompt, list) and not row.get("prompt") and prompt[-1]["role"] == "assistant":
         prompt = split_messages(prompt, "last")[0]
+    if prompt == []:
+        raise ValueError("no message before the assistant's")
     return Draft(with_system(row, prompt, chat), [], [])
 
 

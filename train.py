@@ -97,7 +97,7 @@ def keep_memory():
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large ones, too, come from the heap
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose end stays
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose end stays
 
 
 def find_machine(cfg) -> Machine:

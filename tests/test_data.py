@@ -161,6 +161,12 @@ FORMATS = {
     "pair of conversations, last turn as prompt": ("preference", {
         "prompt": "and ", "chosen": [U("hi"), A("yo"), U("and"), A("so")], "rejected": [U("hi"), A("yo"), U("and"), A("no")]},
         [U("hi"), A("yo"), U("and")], [[A("so")], [A("no")]]),
+    "pair of conversations that repeat the end of their prompt": ("preference", {
+        "prompt": [U("hi"), A("yo"), U("and")], "chosen": [U("and"), A("so")], "rejected": [U("and"), A("no")]},
+        [U("hi"), A("yo"), U("and")], [[A("so")], [A("no")]]),
+    "hh, system key": ("preference", {"system": "be brief", "chosen": "\n\nHuman: hi\n\nAssistant: yo",
+                                      "rejected": "\n\nHuman: hi\n\nAssistant: yes"},
+                       "be brief\n\n\n\nHuman: hi\n\nAssistant:", [" yo", " yes"]),
     "hh beside a question": ("preference", {"question": "hi", "chosen": "\n\nHuman: hi\n\nAssistant: yo",
                                             "rejected": "\n\nHuman: hi\n\nAssistant: yes"},
                              "\n\nHuman: hi\n\nAssistant:", [" yo", " yes"]),
@@ -173,6 +179,8 @@ FORMATS = {
     "prompt": ("prompts", {"prompt": "1+1=", "answer": "2"}, "1+1=", []),
     "prompt of messages": ("prompts", {"prompt": [U("hi")]}, [U("hi")], []),
     "prompt with a system key": ("prompts", {"system": "be brief", "problem": "1+1?", "answer": "2"}, [S("be brief"), U("1+1?")], []),
+    "history of another kind": ("prompts", {"question": "hi", "history": "WW2"}, [U("hi")], []),
+    "conversation beside an empty prompt": ("prompts", {"prompt": "", "messages": [U("hi"), A("yo")]}, [U("hi")], []),
     "question beside a conversation": ("prompts", {"problem": "hi", "messages": [U("hi"), A("yo")]}, [U("hi")], []),
     "prompt of a conversation": ("prompts", {"messages": [U("hi"), A("yo"), U("and"), A("so")]}, [U("hi"), A("yo"), U("and")], []),
 }
@@ -199,7 +207,7 @@ def test_formats_as_ids(kind, row, prompt, responses, mode, smollm2, tmp_path):
     example, _ = one(tmp_path, row, tokenizer, kind, tokenize=mode)
     asked = prompt or "<|im_start|>" if isinstance(prompt, str) else chatml(prompt) + "<|im_start|>assistant\n"
     assert text_of(tokenizer, example.prompt) == asked
-    assert example.row == ({"prompt": prompt, **row} if kind == "prompts" else None)
+    assert example.row == ({**row, "prompt": prompt} if kind == "prompts" else None)
     for ids, scored, response in zip(example.responses, example.scored, responses, strict=True):
         messages = [A(response)] if isinstance(response, str) else response
         assert runs(tokenizer, ids, scored) == [m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant"]
@@ -230,6 +238,21 @@ def test_questions_without_a_template(kind, row, prompt):
 def test_a_pair_does_not_lose_a_prompt_of_an_unknown_name(post, chosen, rejected):
     with pytest.raises(ValueError, match="no column is the prompt; found keys .*'post'.*; name it 'prompt'"):
         data.preference_row({"post": post, "chosen": chosen, "rejected": rejected}, "last", True)
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "hi", "chosen": [S("be brief"), U("hi"), A("yo")], "rejected": [U("hi"), A("no")]},
+    {"prompt": "hi", "chosen": [U("hi"), A("yo")], "rejected": [U("Hi"), A("no")]},
+    {"prompt": "hi", "chosen": "\n\nHuman: hi\n\nAssistant: yo", "rejected": "no"}])
+def test_a_prompt_is_not_there_twice(row):
+    with pytest.raises(ValueError, match="begin differently"):
+        data.preference_row(row, "last", True)
+
+
+@pytest.mark.parametrize("history", [["hi", "yo"], [["hi", None]], [{"role": "user", "content": "hi"}], [["hi"]], "hi"])
+def test_a_history_is_questions_with_answers(history):
+    with pytest.raises(ValueError, match="'history' should be a list of"):
+        data.sft_row({"instruction": "and", "output": "so", "history": history}, "all", True)
 
 
 def test_a_pair_may_go_on_behind_its_prompt():
@@ -608,6 +631,7 @@ MALFORMED = {
     "number in alpaca": b'{"instruction": "1", "output": 2}',
     "number in whole text": b'{"text": 2}',
     "messages as text": b'{"messages": "hi"}',
+    "number for an answer": b'{"question": "1+1=", "answer": 2}',
     "no messages": b'{"messages": []}',
     "messages of text": b'{"messages": ["hi"]}',
     "no assistant": b'{"messages": [{"role": "user", "content": "1"}]}',
