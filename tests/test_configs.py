@@ -117,7 +117,7 @@ def test_the_loss_in_the_readme_trains(repo):
 
 def test_the_format_in_the_readme_is_read(repo):
     source = (repo / "data.py").read_text()
-    begin = source.index("    if \"responses\" in row and", source.index("def preference_row"))
+    begin = source.index("    missing = ", source.index("def preference_row"))
     (repo / "data.py").write_text(source[:begin] + box("# data.py, at the top of preference_row, below its docstring") + source[begin:])
     rows = [{"question": "1+2=", "answers": [{"text": "4", "score": -1}, {"text": "3", "score": 7}, {"text": "5", "score": 0}]}, {"question": "2+2=", "answers": [{}]}]
     (repo / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
