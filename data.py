@@ -119,11 +119,16 @@ def text_or_messages(row: dict, key: str) -> str | list[dict]:
     return row[key] if isinstance(row[key], str) else messages_field(row, key)
 
 
+def as_messages(role: str, said: str | list) -> list[dict]:
+    """Text is a message of that role."""
+    return [{"role": role, "content": said}] if isinstance(said, str) else said
+
+
 def as_response(prompt: str | list, response: str | list) -> str | list:
     """A response of the same kind as its prompt: text after messages is the assistant's."""
-    if isinstance(prompt, list) and isinstance(response, str):
-        return [{"role": "assistant", "content": response}]
-    if isinstance(prompt, str) and isinstance(response, list):
+    if isinstance(prompt, list):
+        return as_messages("assistant", response)
+    if isinstance(response, list):
         raise ValueError("a text prompt with messages as its response; make both text or both messages")
     return response
 
@@ -135,8 +140,7 @@ def with_system(row: dict, prompt: str | list, chat: bool) -> str | list:
         return prompt
     if isinstance(prompt, str) and (not chat or is_whole(prompt)):
         return f"{text_field(row, key)}\n\n{prompt}"
-    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [{"role": "system", "content": text_field(row, key)}, *prompt]
+    return [*as_messages("system", text_field(row, key)), *as_messages("user", prompt)]
 
 
 def split_messages(messages: list[dict], train_on: str) -> tuple[list, list]:
@@ -152,6 +156,7 @@ ALPACA = ("Below is an instruction that describes a task{0}. Write a response th
           "\n\n### Instruction:\n{1}\n\n{2}### Response:\n")
 QUESTIONS = ("instruction", "question", "problem", "query", "input")  # a prompt that is not laid out yet
 CONVERSATIONS = ("messages", "conversations")
+PROMPTS = ("prompt", *CONVERSATIONS, *QUESTIONS)  # where responses are apart from it
 ANSWERS = ("completion", "output", "response", "solution", "answer")
 
 
@@ -161,22 +166,26 @@ def first_of(keys: tuple, row: dict) -> str | None:
     return next((key for key in there if row[key]), there[0]) if there else None
 
 
-def prompt_of(row: dict, chat: bool, keys: tuple) -> str | list | None:
+def prompt_of(row: dict, chat: bool, keys: tuple = PROMPTS) -> str | list | None:
     """The prompt under the first of these names, or None. chat: the tokenizer has a template, so a question is the user's message;
     without, it is text."""
     key = first_of(keys, row)
-    if key not in QUESTIONS:
-        return text_or_messages(row, key) if key else None
-    task, more = text_field(row, key), first_of(("input", "context"), row) if key == "instruction" else None
-    given, history = text_field(row, more) if more else "", row.get("history") or [] if key == "instruction" else []
+    if key == "instruction":
+        return instruction_of(row, chat)
+    if key in QUESTIONS:
+        return as_messages("user", text_field(row, key)) if chat else text_field(row, key) + "\n"
+    return text_or_messages(row, key) if key else None
+
+
+def instruction_of(row: dict, chat: bool) -> str | list:
+    """Alpaca's {instruction, input} or Dolly's {instruction, context}, behind LLaMA-Factory's history of [question, answer]."""
+    task, more, history = text_field(row, "instruction"), first_of(("input", "context"), row), row.get("history") or []
+    given = text_field(row, more) if more else ""
     if not isinstance(history, list) or not all(isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in history):
         raise ValueError(f"'history' should be a list of [question, answer], found {str(history)[:60]!r}")
     if chat or history:
-        turns = [turn for pair in history for turn in zip(("user", "assistant"), pair)]
-        turns.append(("user", f"{task}\n{given}" if given else task))
-        return [{"role": role, "content": text} for role, text in turns]
-    if key != "instruction":
-        return task + "\n"
+        before = [as_messages(role, said)[0] for pair in history for role, said in zip(("user", "assistant"), pair)]
+        return [*before, *as_messages("user", f"{task}\n{given}" if given else task)]
     return ALPACA.format(", paired with an input that provides further context" * bool(given), task,
                          f"### Input:\n{given}\n\n" * bool(given))
 
@@ -225,7 +234,7 @@ def is_whole(response: str | list) -> bool:
 
 def ranked_row(row: dict, chat: bool) -> Draft:
     """{prompt, responses}: best first, of which every pair counts."""
-    prompt, ranked = prompt_of(row, chat, ("prompt", *CONVERSATIONS, *QUESTIONS)), row["responses"]
+    prompt, ranked = prompt_of(row, chat), row["responses"]
     if prompt is None or not isinstance(ranked, list) or len(ranked) < 2:
         raise ValueError(f"'responses' should be a list of at least two, best first, with a prompt; found {str(ranked)[:60]!r}")
     prompt = with_system(row, prompt, chat)
@@ -245,9 +254,9 @@ def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
         raise ValueError(f"found keys {list(row)}; expected chosen and rejected, and prompt or conversations beside them "
                          f"unless both begin with the prompt")
     chosen, rejected = text_or_messages(row, "chosen"), text_or_messages(row, "rejected")
-    prompt = prompt_of(row, chat, ("prompt", *CONVERSATIONS, *QUESTIONS))
-    if isinstance(prompt, str) and isinstance(chosen, list):
-        prompt = [{"role": "user", "content": prompt}]
+    prompt = prompt_of(row, chat)
+    if prompt is not None and isinstance(chosen, list):
+        prompt = as_messages("user", prompt)
     if isinstance(prompt, list):
         chosen, rejected = (r[len(prompt):] if r[:len(prompt)] == prompt else r for r in (chosen, rejected))
     goes_on = isinstance(prompt, list) and prompt[-1]["role"] != "user"

@@ -187,11 +187,11 @@ def _grouped(q, k, v, batch, window):
     dtype, groups, out = q.dtype, batch["groups"], []  # parts are split off: of slices, each would have a gradient of the whole
     q = wide(q).index_select(0, batch["group_q"]).split([rows * length for rows, length, _ in groups])
     k, v = (wide(x).index_select(0, batch["group_k"]).split([rows * length for rows, _, length in groups]) for x in (k, v))
-    offsets = batch["group_offset"].split([rows for rows, _, _ in groups])  # keys before the first query
     for i, (rows, length_q, length_k) in enumerate(groups):
         mask = batch["masks"].get((i, window))  # the same for every layer
         if mask is None:
-            place = torch.arange(length_q, device=offsets[i].device)[:, None] + offsets[i][:, None, None]  # (B, Lq, 1)
+            offset = batch["group_offset"].split([rows for rows, _, _ in groups])[i]  # keys before the first query
+            place = torch.arange(length_q, device=offset.device)[:, None] + offset[:, None, None]  # (B, Lq, 1)
             distance = place - torch.arange(length_k, device=place.device)  # (B, Lq, Lk), both as places among the keys
             mask = (distance >= 0) & (distance < window if window else True)
             mask = batch["masks"][i, window] = mask[:, None]
