@@ -213,6 +213,11 @@ def table(name: str) -> Reading:
     return Reading((name,), by_response)  # (R, L)
 
 
+def before_update(batch: dict, log_probs: Tensor) -> Tensor:
+    """(R, L) of the policy that answered; without such a column it is the policy itself, in its only update on these answers."""
+    return by_response(batch, batch.get("old_log_probs", log_probs.detach()))
+
+
 def summed(name: str, side: str) -> Reading:
     return Reading((name,), lambda batch, stream: sums(batch, stream)[batch[side]])  # (P,)
 
@@ -222,8 +227,9 @@ def score(name: str, side: str) -> Reading:
 
 
 READINGS = {
-    **{name: table(name) for name in ("log_probs", "old_log_probs", "rollout_log_probs", "reference_log_probs", "entropy",
-                                      "advantages", "values", "old_values", "returns")},
+    **{name: table(name) for name in ("log_probs", "rollout_log_probs", "reference_log_probs", "entropy", "advantages", "values",
+                                      "old_values", "returns")},
+    "old_log_probs": Reading(("log_probs",), before_update),
     "action_mask": Reading((), action_mask),
     "demonstration_mask": Reading((), lambda batch: action_mask(batch) & batch["demonstrated"][:, None]),
     "policy_chosen_logps": summed("log_probs", "chosen"),  # for rows with a label: of the desirable responses

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -211,16 +212,14 @@ def decode(decoder, cache: list[Tensor], tokens: Tensor, positions: Tensor, seen
     written to in place. Query heads that share a key-value head are its rows: no key is copied."""
     shape, each = decoder.shape, torch.arange(len(tokens), device=tokens.device)
     distance = positions[:, None] - torch.arange(seen, device=tokens.device)  # (B, C)
-    scale = shape.head_dim ** -0.5
+    masks = {window: ((distance >= 0) & (distance < window if window else True))[:, None, None] for window in set(shape.windows)}
 
     def attend(layer, q, k, v):
         keys, values = cache[2 * layer], cache[2 * layer + 1]
         keys[each, :, positions], values[each, :, positions] = k.to(keys.dtype), v.to(keys.dtype)
-        window = shape.windows[layer]
-        hidden = ((distance < 0) | (distance >= window if window else False))[:, None, None]
         q = q.to(keys.dtype).unflatten(1, (shape.num_kv_heads, -1))  # (B, K, H/K, E)
-        scores = (q @ keys[:, :, :seen].transpose(2, 3) * scale).masked_fill(hidden, -torch.inf)
-        return (losses.wide(scores).softmax(-1).to(values.dtype) @ values[:, :, :seen]).flatten(1, 2)
+        return F.scaled_dot_product_attention(
+            q, keys[:, :, :seen], values[:, :, :seen], attn_mask=masks[shape.windows[layer]]).flatten(1, 2)
 
     return decoder.lm_head(decoder.model(tokens, positions, attend))
 
@@ -229,7 +228,7 @@ def pick(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
     """(B, V) logits and (B,) random numbers in [0, 1) -> a token of each row and its log-prob, by the inverse of the cumulative
     distribution: one random number a token."""
     logits = losses.wide(logits)
-    logps = (logits / (sampling.temperature or 1)).log_softmax(-1)
+    logps = (logits if sampling.temperature in (0, 1) else logits / sampling.temperature).log_softmax(-1)
     if sampling.temperature:
         total = truncated(logps, sampling).exp().cumsum(-1)
         below = total[:, -1:].nextafter(total.new_zeros(()))  # the product may be rounded up to the whole
@@ -377,7 +376,8 @@ class Rollouts:
         self.steps = self.minibatches * cfg.rollout_epochs  # of a rollout
         self.per_epoch = -(-len(self.prompts) // self.size) * self.steps
         self.rewards = reward.rewards(cfg, run.machine, run.tokenizer, folder_of)
-        self.outputs = ["log_probs", *["values"] * ("values" in run.streams)]
+        known = self.steps == 1 and not cfg.kl_coef  # answers are trained on once: log-probs before that update are those in it
+        self.outputs = ["log_probs"] * (not known) + ["values"] * ("values" in run.streams)
         self.reference = reference.frozen_reference(run) if cfg.kl_coef or "reference_log_probs" in run.streams else None
         for decoder in [self.decoder] + [self.reference] * bool(self.reference):
             decoder.temperature = cfg.temperature
@@ -473,15 +473,16 @@ class Rollouts:
         cfg, forward = self.cfg, time.perf_counter()
 
         def of(batch):
-            streams = self.decoder(batch, self.outputs)
+            streams = self.decoder(batch, self.outputs) if self.outputs else {}
             columns = {f"old_{name}": streams[name] for name in self.outputs}
             if self.reference:
                 columns["reference_log_probs"] = self.reference(batch, ["log_probs"])["log_probs"]
             return columns
         columns = reference.sweep(of, made.dataset, self.layout, self.machine)
-        old, answers = columns["old_log_probs"], [answer for g in made.groups for answer in g.answers]
-        tensor = lambda values: torch.tensor(values, dtype=old.dtype, device=old.device)
+        answers, weight = [answer for g in made.groups for answer in g.answers], self.decoder.lm_head.weight
+        tensor = lambda values: torch.tensor(values, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
         columns["rollout_log_probs"] = tensor([x for answer in answers for x in answer.log_probs])
+        old = columns.get("old_log_probs", columns["rollout_log_probs"])
         lengths = [len(answer.ids) for answer in answers]
         table = lambda column: pad_sequence(column.split(lengths), batch_first=True)  # (R, L)
         size, ended = tensor(lengths), tensor([answer.ended for answer in answers])

@@ -372,6 +372,24 @@ def test_the_first_step_on_a_rollout_is_on_policy(tmp_path, recorded):
                                    "policy/approx_kl", "rollout/tokens_per_second"} <= every[0].keys()
 
 
+def test_answers_that_are_trained_on_once_need_no_pass_before(tmp_path, recorded, monkeypatch):
+    """Then the policy before its update is the one that is trained: the same steps as with its log-probs of before, which a penalty
+    of nearly nothing asks for."""
+    passes, forward = [], model.Decoder.forward
+    monkeypatch.setattr(model.Decoder, "forward", lambda self, batch, outputs: passes.append(torch.is_grad_enabled()) or forward(
+        self, batch, outputs))
+    more = dict(objective={"ppo": 1.0, "entropy_bonus": 0.01}, advantages="group_norm", rollout_epochs=1, max_steps=3, lr=2e-2,
+                correction="tis", eval_data="", eval_prompts="")
+    once = start(tmp_path, out="once", **more)
+    assert all(passes) and not any("old_log_probs" in made.columns for made in recorded)
+    both = start(tmp_path, out="both", kl_coef=1e-30, **more)
+    assert not all(passes) and all("old_log_probs" in made.columns for made in recorded[3:])
+    for name, value in weights(once / "model").items():
+        assert (value - weights(both / "model")[name]).abs().max() < 1e-9
+    for one, two in zip(lines(once), lines(both), strict=True):
+        assert all(one[key] == pytest.approx(two[key], abs=1e-9) for key in ("loss", "entropy", "policy/ratio", "policy/rollout_kl"))
+
+
 def critic_folder(tmp_path):
     train.train(config.load(options(tmp_path, "rm", "critic", max_steps=1)))
     return tmp_path / "critic" / "model"
