@@ -500,10 +500,10 @@ as_pair = lambda p, c, r: [{"prompt": p, "chosen": c, "rejected": r}]
 as_answer = lambda p, c, r: [{"prompt": p, "completion": c}]
 as_labelled = lambda p, c, r: [{"prompt": p, "completion": c, "label": True}, {"prompt": p, "completion": r, "label": False}]
 as_prompt = lambda p, c, r: [{"prompt": p}]
-GROUPS = {"num_generations": 8, "max_completion_length": 64,
-          "per_device_train_batch_size": 8, "gradient_accumulation_steps": 8}  # steps of 8 prompts with 8 answers each
-HERE = {"reward": lambda prompt, completion, row: letters(completion), "samples_per_prompt": 8, "max_new_tokens": 64,
-        "advantages": "group_norm", "clip_eps_high": 0.2}
+GROUPS_THERE = {"num_generations": 8, "max_completion_length": 64,
+                "per_device_train_batch_size": 8, "gradient_accumulation_steps": 8}  # 8 prompts with 8 answers each a step
+GROUPS_HERE = {"samples_per_prompt": 8, "max_new_tokens": 64, "max_length": 512 + 64, "advantages": "group_norm",
+               "reward": lambda prompt, completion, row: letters(completion)}
 WORK = {"dpo": Work("dpo", "DPO", "float32", {}, as_pair, as_pair),
         "dpo+precomputed": Work("dpo", "DPO", "float32", {"precompute_ref_log_probs": True}, as_pair, as_pair),
         "dpo+bf16": Work("dpo", "DPO", "bfloat16", {}, as_pair, as_pair),
@@ -512,8 +512,8 @@ WORK = {"dpo": Work("dpo", "DPO", "float32", {}, as_pair, as_pair),
         "sft": Work("sft", "SFT", "float32", {}, as_answer, as_answer),
         "sft+packing": Work("sft", "SFT", "float32", {"packing": True}, as_answer, as_answer),
         "sft+packing+bf16": Work("sft", "SFT", "bfloat16", {"packing": True}, as_answer, as_answer),
-        "grpo": Work("ppo", "GRPO", "float32", GROUPS, as_prompt, as_prompt, HERE),
-        "grpo+bf16": Work("ppo", "GRPO", "bfloat16", GROUPS, as_prompt, as_prompt, HERE)}
+        "grpo": Work("ppo", "GRPO", "float32", GROUPS_THERE, as_prompt, as_prompt, GROUPS_HERE),
+        "grpo+bf16": Work("ppo", "GRPO", "bfloat16", GROUPS_THERE, as_prompt, as_prompt, GROUPS_HERE)}
 
 
 class Cost(NamedTuple):
@@ -552,7 +552,7 @@ def in_trl(name: str, folder: str, pairs: list, batch: int, device: str, options
                  logging_steps=1, gradient_checkpointing=False, bf16=work.dtype == "bfloat16", use_cpu=device == "cpu",
                  disable_tqdm=True, optim="adamw_torch_fused", weight_decay=0.0)
     trainer, config_of = getattr(trl, f"{work.trainer}Trainer"), getattr(trl, f"{work.trainer}Config")
-    if "max_completion_length" in work.theirs:
+    if work.trainer == "GRPO":
         del given["max_length"]
         trainer = functools.partial(trainer, reward_funcs=lambda completions, **_: [*map(letters, completions)])
     trainer(model=policy, args=config_of(**{**given, **work.theirs, **json.loads(options)}), callbacks=[Clock()],
@@ -564,15 +564,16 @@ def in_ours(name: str, folder: str, pairs: list, batch: int, device: str, option
     import train
     work = WORK[name]
     spent, out = {"reference": 0.0}, Path(tempfile.mkdtemp())
-    reference.sweep = timed(reference.sweep, spent, device)
+    if "reward" not in work.here:  # a rollout's seconds are of its steps
+        reference.sweep = timed(reference.sweep, spent, device)
     rows = [row for pair in pairs for row in work.ours(*pair)]
     (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = dict(objective=work.objective, init_from=folder, train_data=str(out / "rows.jsonl"), batch_size=batch, epochs=1, lr=1e-6,
-                 schedule="constant", max_length=512, device=device, dtype=work.dtype, out_dir=str(out / "run"),
+    given = dict(objective=work.objective, init_from=folder, train_data=str(out / "rows.jsonl"), batch_size=batch, epochs=1,
+                 lr=1e-6, schedule="constant", max_length=512, device=device, dtype=work.dtype, out_dir=str(out / "run"),
                  cache_dir=str(out / "cache"))
     train.train(config.resolve([("bench.py", {**given, **work.here}), ("--options", config.read_command_line(options.split())[1])]))
     steps = sum(line["seconds"] + line.get("rollout/seconds", 0) for line in metrics_of(out / "run"))
-    return Cost(steps, spent["reference"] * ("reward" not in work.here), highest(device))
+    return Cost(steps, spent["reference"], highest(device))
 
 
 def metrics_of(run: Path) -> list[dict]:

@@ -213,9 +213,9 @@ def table(name: str) -> Reading:
     return Reading((name,), by_response)  # (R, L)
 
 
-def before_update(batch: dict, log_probs: Tensor) -> Tensor:
-    """(R, L) of the policy that answered; without such a column it is the policy itself, in its only update on these answers."""
-    return by_response(batch, batch.get("old_log_probs", log_probs.detach()))
+def before_update(batch: dict, log_probs: Tensor, old: Tensor | None) -> Tensor:
+    """(R, L) under the policy before its updates on these answers. None: this is the only one, so they are log_probs."""
+    return by_response(batch, log_probs.detach() if old is None else old)
 
 
 def summed(name: str, side: str) -> Reading:
@@ -229,7 +229,7 @@ def score(name: str, side: str) -> Reading:
 READINGS = {
     **{name: table(name) for name in ("log_probs", "rollout_log_probs", "reference_log_probs", "entropy", "advantages", "values",
                                       "old_values", "returns")},
-    "old_log_probs": Reading(("log_probs",), before_update),
+    "old_log_probs": Reading(("log_probs", "old_log_probs"), before_update),
     "action_mask": Reading((), action_mask),
     "demonstration_mask": Reading((), lambda batch: action_mask(batch) & batch["demonstrated"][:, None]),
     "policy_chosen_logps": summed("log_probs", "chosen"),  # for rows with a label: of the desirable responses

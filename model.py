@@ -393,8 +393,10 @@ class Decoder(nn.Module):
 
     def forward(self, batch: dict, outputs: list[str]) -> dict[str, Tensor]:
         """One packed micro-batch -> the named streams, (N,) each."""
-        hidden, made = self.hidden(batch), {}
-        for make in dict.fromkeys(HEADS[name].make for name in outputs):
+        makes, made = dict.fromkeys(HEADS[name].make for name in outputs), {}
+        others = {value_head} if hasattr(self, "critic") else set()  # that model has hidden states of its own
+        hidden = self.hidden(batch) if makes.keys() - others else None
+        for make in makes:
             made |= make(self, hidden, batch, outputs)
         return {name: made[name] for name in outputs}
 

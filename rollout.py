@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 import data
@@ -44,6 +45,7 @@ class Sampling(NamedTuple):
 
 
 GREEDY = Sampling(0.0)
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # not cuDNN's: it plans each shape anew
 
 
 class Answer(NamedTuple):
@@ -168,7 +170,7 @@ def generate(decoder, prompts: list[list[int]], *, max_new_tokens: int, stop: se
                 slots.keep(live)
         if live := slots.live():
             seen = capacity if compiled else min(capacity, int((slots.head + now - slots.born)[live].max()))
-            with torch.compiler.set_stance(stance):
+            with torch.compiler.set_stance(stance), sdpa_kernel(KERNELS):
                 slots.logits = step(decoder, slots.cache, slots.token, slots.place, seen)
             slots.place = slots.place + 1
     bar.close()
@@ -209,7 +211,7 @@ def prefill(decoder, cache: list[Tensor], prompts: list[list[int]], slots: Tenso
 
 def decode(decoder, cache: list[Tensor], tokens: Tensor, positions: Tensor, seen: int) -> Tensor:
     """One token (B,) of each row at its position -> logits of the next (B, V). The cache, of which the first places are seen, is
-    written to in place. Query heads that share a key-value head are its rows: no key is copied."""
+    written to in place. Query heads that share a key-value head are its queries: no key is copied."""
     shape, each = decoder.shape, torch.arange(len(tokens), device=tokens.device)
     distance = positions[:, None] - torch.arange(seen, device=tokens.device)  # (B, C)
     masks = {window: ((distance >= 0) & (distance < window if window else True))[:, None, None] for window in set(shape.windows)}
@@ -376,8 +378,8 @@ class Rollouts:
         self.steps = self.minibatches * cfg.rollout_epochs  # of a rollout
         self.per_epoch = -(-len(self.prompts) // self.size) * self.steps
         self.rewards = reward.rewards(cfg, run.machine, run.tokenizer, folder_of)
-        known = self.steps == 1 and not cfg.kl_coef  # answers are trained on once: log-probs before that update are those in it
-        self.outputs = ["log_probs"] * (not known) + ["values"] * ("values" in run.streams)
+        once = self.steps == 1 and not cfg.kl_coef  # log-probs of before the only update are those that it computes itself
+        self.outputs = ["log_probs"] * (not once) + ["values"] * ("values" in run.streams)
         self.reference = reference.frozen_reference(run) if cfg.kl_coef or "reference_log_probs" in run.streams else None
         for decoder in [self.decoder] + [self.reference] * bool(self.reference):
             decoder.temperature = cfg.temperature
@@ -408,6 +410,7 @@ class Rollouts:
     def add(self, batches: list[dict], epoch: int):
         """A source of columns."""
         for batch in batches:
+            batch["old_log_probs"] = None
             batch.update({name: column[batch["scored_index"]] for name, column in self.now.columns.items()})
 
     def make(self) -> Rollout:
@@ -469,18 +472,19 @@ class Rollouts:
         return Rollout(groups, data.as_dataset(examples, Counter()), pieces, {}, {})
 
     def with_columns(self, made: Rollout, clock: Counter, begin: float) -> Rollout:
-        """The log-probs and values of the policy before its update, the reference's log-probs, and what follows from rewards."""
+        """The policy's log-probs (if it is updated more than once) and values of before, the reference's log-probs, and what
+        follows from rewards."""
         cfg, forward = self.cfg, time.perf_counter()
 
         def of(batch):
-            streams = self.decoder(batch, self.outputs) if self.outputs else {}
+            streams = self.decoder(batch, self.outputs)
             columns = {f"old_{name}": streams[name] for name in self.outputs}
             if self.reference:
                 columns["reference_log_probs"] = self.reference(batch, ["log_probs"])["log_probs"]
             return columns
         columns = reference.sweep(of, made.dataset, self.layout, self.machine)
         answers, weight = [answer for g in made.groups for answer in g.answers], self.decoder.lm_head.weight
-        tensor = lambda values: torch.tensor(values, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+        tensor = lambda values: torch.tensor(values, dtype=weight.dtype, device=weight.device)
         columns["rollout_log_probs"] = tensor([x for answer in answers for x in answer.log_probs])
         old = columns.get("old_log_probs", columns["rollout_log_probs"])
         lengths = [len(answer.ids) for answer in answers]
@@ -521,7 +525,7 @@ class Rollouts:
         return {"drawn": self.drawn, "kl_coef": self.kl_coef, "metrics": self.now.metrics if self.now else {}}
 
     def restore(self, folder: Path, step: int, state: dict):
-        self.drawn, self.kl_coef = state["drawn"], state["kl_coef"]
+        self.drawn, self.kl_coef = state["drawn"], state["kl_coef"] if self.cfg.kl_target else self.kl_coef
         if step % self.steps:
             if not (folder / "rollout.safetensors").is_file():
                 raise ValueError(f"{folder}: no rollout.safetensors, and step {step} is inside a rollout of {self.steps} steps; "

@@ -372,22 +372,28 @@ def test_the_first_step_on_a_rollout_is_on_policy(tmp_path, recorded):
                                    "policy/approx_kl", "rollout/tokens_per_second"} <= every[0].keys()
 
 
-def test_answers_that_are_trained_on_once_need_no_pass_before(tmp_path, recorded, monkeypatch):
+@pytest.mark.parametrize("critic", ["", "separate"])
+def test_answers_that_are_trained_on_once_need_no_pass_before(critic, tmp_path, recorded, monkeypatch):
     """Then the policy before its update is the one that is trained: the same steps as with its log-probs of before, which a penalty
     of nearly nothing asks for."""
-    passes, forward = [], model.Decoder.forward
-    monkeypatch.setattr(model.Decoder, "forward", lambda self, batch, outputs: passes.append(torch.is_grad_enabled()) or forward(
-        self, batch, outputs))
-    more = dict(objective={"ppo": 1.0, "entropy_bonus": 0.01}, advantages="group_norm", rollout_epochs=1, max_steps=3, lr=2e-2,
-                correction="tis", eval_data="", eval_prompts="")
+    passes, hidden = [], model.Decoder.hidden
+    monkeypatch.setattr(model.Decoder, "hidden", lambda self, batch: passes.append(
+        hasattr(self, "lm_head") and not torch.is_grad_enabled()) or hidden(self, batch))
+    more = dict(objective={"ppo": 1.0, "value": 0.5, "entropy_bonus": 0.01} if critic else {"ppo": 1.0, "entropy_bonus": 0.01},
+                advantages="gae" if critic else "group_norm", rollout_epochs=1, max_steps=3, lr=2e-2, correction="tis",
+                micro_batch_tokens=26, eval_data="", eval_prompts="",
+                **({"critic": str(critic_folder(tmp_path))} if critic else {}))
+    recorded.clear()
+    passes.clear()
     once = start(tmp_path, out="once", **more)
-    assert all(passes) and not any("old_log_probs" in made.columns for made in recorded)
+    assert passes and not any(passes) and not any("old_log_probs" in made.columns for made in recorded)
     both = start(tmp_path, out="both", kl_coef=1e-30, **more)
-    assert not all(passes) and all("old_log_probs" in made.columns for made in recorded[3:])
+    assert any(passes) and all("old_log_probs" in made.columns for made in recorded[3:])
     for name, value in weights(once / "model").items():
         assert (value - weights(both / "model")[name]).abs().max() < 1e-9
+    said = ("loss", "grad_norm", "entropy", "policy/ratio", "policy/clip_fraction", "policy/rollout_kl")
     for one, two in zip(lines(once), lines(both), strict=True):
-        assert all(one[key] == pytest.approx(two[key], abs=1e-9) for key in ("loss", "entropy", "policy/ratio", "policy/rollout_kl"))
+        assert all(one[key] == pytest.approx(two[key], abs=1e-9) for key in said)
 
 
 def critic_folder(tmp_path):
