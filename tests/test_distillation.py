@@ -72,8 +72,8 @@ def test_neither_models_logits_exist_whole():
         done = subprocess.run([sys.executable, "-c", MEASURE, str(n)], cwd=ROOT, capture_output=True, text=True, check=True,
                               env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"})
         return float(done.stdout)
-    few, many = peak(2048), peak(6144)
-    one = 4096 * 32_000 * 4 / 2**20  # [N, V] of the additional rows, once
+    few, many = peak(1024), peak(3072)
+    one = 2048 * 32_000 * 4 / 2**20  # [N, V] of the additional rows, once
     assert many - few < 0.25 * one, (few, many)
 
 
