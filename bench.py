@@ -503,7 +503,7 @@ as_prompt = lambda p, c, r: [{"prompt": p}]
 GROUPS_THERE = {"num_generations": 8, "max_completion_length": 64,
                 "per_device_train_batch_size": 8, "gradient_accumulation_steps": 8}  # 8 prompts with 8 answers each a step
 GROUPS_HERE = {"samples_per_prompt": 8, "max_new_tokens": 64, "max_length": 512 + 64, "advantages": "group_norm",
-               "reward": lambda prompt, completion, row: letters(completion)}
+               "reward_clip": 0.0, "reward": lambda prompt, completion, row: letters(completion)}
 WORK = {"dpo": Work("dpo", "DPO", "float32", {}, as_pair, as_pair),
         "dpo+precomputed": Work("dpo", "DPO", "float32", {"precompute_ref_log_probs": True}, as_pair, as_pair),
         "dpo+bf16": Work("dpo", "DPO", "bfloat16", {}, as_pair, as_pair),

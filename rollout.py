@@ -7,6 +7,7 @@ Shapes: B rows of a batch, C places of the cache, H query heads, K key-value hea
 longest response, n responses a prompt.
 """
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -386,7 +387,7 @@ class Rollouts:
         if (cfg.top_k or cfg.top_p < 1 or cfg.min_p) and run.machine.rank == 0:
             print("warning: with top_k, top_p or min_p, answers are drawn from a part of the distribution that losses are of")
         self.sampler, self.longest = None, max(len(e.prompt) for e in self.prompts.examples)
-        self.drawn, self.kl_coef, self.now = 0, cfg.kl_coef, None  # prompts drawn so far
+        self.drawn, self.kl_coef, self.now, self.warned = 0, cfg.kl_coef, None, False  # prompts drawn so far; of clipped rewards
 
     @staticmethod
     def stream_length(datasets: dict, cfg) -> int:
@@ -430,8 +431,13 @@ class Rollouts:
             raise ValueError(f"{len(groups)} of {len(drawn)} prompts of a rollout have rewards, and it is trained in "
                              f"{self.minibatches} steps")
         every = [x for g in valid for x in g.rewards]
-        metrics = {"reward": float(np.mean(every)), "reward/std": float(np.std(every)), "rollout/skipped": len(drawn) - len(valid),
-                   "rollout/kept": len(kept) / len(valid)}
+        clipped = float(np.mean(np.abs(every) > (cfg.reward_clip or math.inf)))
+        if clipped and not self.warned and self.machine.rank == 0:
+            print(f"warning: {clipped:.0%} of the rewards are beyond reward_clip = {cfg.reward_clip:g} and count as that much; "
+                  f"--reward_clip=0 keeps them as they are", file=sys.stderr)
+            self.warned = True
+        metrics = {"reward": float(np.mean(every)), "reward/std": float(np.std(every)), "reward/clipped": clipped,
+                   "rollout/skipped": len(drawn) - len(valid), "rollout/kept": len(kept) / len(valid)}
         self.drawn += len(drawn)
         made = self.assemble(groups)._replace(metrics=metrics)
         return self.with_columns(made, clock, begin)

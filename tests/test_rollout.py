@@ -255,12 +255,15 @@ SHAPED = dict(gamma=0.9, kl_coef=0.3, reward_clip=0.8, missing_eos_penalty=0.25,
 
 
 @pytest.mark.parametrize("name", rollout.ADVANTAGES)
-def test_advantages_are_those_of_the_formulas(name, tmp_path, recorded):
+def test_advantages_are_those_of_the_formulas(name, tmp_path, recorded, capsys):
     """Float64 restatement in plain loops, from answers, rewards and log-probs on; groups are cut into pieces by the stream."""
     start(tmp_path, objective={"ppo": 1.0, "value": 0.5}, advantages=name, micro_batch_tokens=26, max_steps=4, rollout_epochs=2,
           lr=1e-2, **SHAPED, **(dict(lam=0.7) if name == "gae" else {}))
     made = recorded[1]  # the policy has left the reference
     assert max(map(len, made.pieces)) > 1 and len(recorded) == 2
+    beyond = [[abs(x) > 0.8 for g in each.groups for x in g.rewards] for each in recorded]
+    assert [each.metrics["reward/clipped"] for each in recorded] == pytest.approx([*map(np.mean, beyond)]) and any(map(any, beyond))
+    assert capsys.readouterr().err.count("beyond reward_clip = 0.8 and count as that much") == 1
     rewards, steps = [], []
     old, reference, values = (by_answer(made, f"{column}") for column in ("old_log_probs", "reference_log_probs", "old_values"))
     for g in made.groups:
