@@ -399,6 +399,19 @@ def test_answers_that_are_trained_on_once_need_no_pass_before(critic, tmp_path, 
         assert all(one[key] == pytest.approx(two[key], abs=1e-9) for key in said)
 
 
+@pytest.mark.parametrize("kl_target", [0.0, 0.1])
+def test_a_resumed_run_takes_the_kl_coef_that_it_is_given(kl_target, tmp_path, recorded):
+    """...but where it adapts: then it goes on from where it was."""
+    more = dict(save_every=2, kl_horizon=100.0, kl_target=kl_target) if kl_target else dict(save_every=2)
+    coefs = lambda: [line["kl_coef"] for line in lines(start(tmp_path, rollout_epochs=1, **more, **changed))]
+    changed = dict(kl_coef=0.25, max_steps=2)
+    before = coefs()
+    changed = dict(kl_coef=0.5, max_steps=4, resume=True)
+    after = coefs()
+    assert before[0] == 0.25 and before == after[:2] and len(after) == 4
+    assert abs(after[2] - before[1]) < 0.1 and before[1] != 0.25 if kl_target else after[2:] == [0.5, 0.5]
+
+
 def critic_folder(tmp_path):
     train.train(config.load(options(tmp_path, "rm", "critic", max_steps=1)))
     return tmp_path / "critic" / "model"
