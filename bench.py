@@ -571,7 +571,7 @@ def in_ours(name: str, folder: str, pairs: list, batch: int, device: str, option
     given = dict(objective=work.objective, init_from=folder, train_data=str(out / "rows.jsonl"), batch_size=batch, epochs=1,
                  lr=1e-6, schedule="constant", max_length=512, device=device, dtype=work.dtype, out_dir=str(out / "run"),
                  cache_dir=str(out / "cache"))
-    train.train(config.resolve([("bench.py", {**given, **work.here}), ("--options", config.read_command_line(options.split())[1])]))
+    train.train(config.load(options.split(), ("bench.py", {**given, **work.here})))
     steps = sum(line["seconds"] + line.get("rollout/seconds", 0) for line in metrics_of(out / "run"))
     return Cost(steps, spent["reference"], highest(device))
 

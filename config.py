@@ -275,9 +275,10 @@ def suggestion(word: str, known, elsewhere: dict) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def load(arguments: list[str]) -> types.SimpleNamespace:
+def load(arguments: list[str], *below: tuple[str, dict]) -> types.SimpleNamespace:
+    """below: layers of (where, values) that the config file and the command line win over."""
     path, values = read_command_line(arguments)
-    return resolve([*([(path, read_file(path))] if path else []), ("command line", values)])
+    return resolve([*below, *([(path, read_file(path))] if path else []), ("command line", values)])
 
 
 def load_stage(path: str, parent: types.SimpleNamespace) -> types.SimpleNamespace:

@@ -4,6 +4,7 @@ A family is a row of the table `FAMILIES`: which of a few switches it sets. GPT-
 
 Shapes: T stream tokens, S segments, H query heads, K key-value heads, E head width, D width, V vocabulary.
 """
+import functools
 import inspect
 import json
 import math
@@ -309,7 +310,7 @@ class Trunk(nn.Module):
 
 def token_head(decoder, hidden, batch, wanted):
     """log p of each scored token under the softmax at the place that predicts it, and what else is wanted of it, (N,) each."""
-    hidden = hidden.index_select(0, batch["predict_from"])
+    hidden = hidden().index_select(0, batch["predict_from"])
     if hidden.is_cuda:
         hidden = hidden.to(compute_dtype(hidden))  # the residual stream is fp32; the product need not be
     made = linear_log_probs(hidden, decoder.lm_head.weight, batch["target"], entropy="entropy" in wanted,
@@ -319,25 +320,26 @@ def token_head(decoder, hidden, batch, wanted):
 
 def logits_head(decoder, hidden, batch, wanted):
     """What predicts each scored token, before it is multiplied with the vocabulary: `losses.by_chunk` does that."""
-    return {"logits": Projected(hidden.index_select(0, batch["predict_from"]), decoder.lm_head.weight)}
+    return {"logits": Projected(hidden().index_select(0, batch["predict_from"]), decoder.lm_head.weight)}
 
 
 def reward_head(decoder, hidden, batch, wanted):
     """The score of each response at its last token, (R,), in fp32."""
+    hidden = hidden().index_select(0, batch["last"])
     with torch.autocast(hidden.device.type, enabled=False):
-        hidden = hidden.index_select(0, batch["last"]).to(decoder.score.weight.dtype)
-        return {"reward": decoder.score(hidden)[:, 0]}
+        return {"reward": decoder.score(hidden.to(decoder.score.weight.dtype))[:, 0]}
 
 
 def step_head(decoder, hidden, batch, wanted):
     """Logits of a bad and of a good step at each step's own token, (N, 2), in fp32: of the score head, or of two tokens of the
     vocabulary."""
+    hidden = hidden().index_select(0, batch["own"])
     with torch.autocast(hidden.device.type, enabled=False):
         if decoder.reward_tokens:
             rows = torch.where(torch.arange(2, device=hidden.device) == 0, *decoder.reward_tokens)  # on the device without a copy
             weight = decoder.lm_head.weight.index_select(0, rows)
-            return {"step_logits": F.linear(hidden.index_select(0, batch["own"]).to(weight.dtype), weight)}
-        return {"step_logits": decoder.score(hidden.index_select(0, batch["own"]).to(decoder.score.weight.dtype))}
+            return {"step_logits": F.linear(hidden.to(weight.dtype), weight)}
+        return {"step_logits": decoder.score(hidden.to(decoder.score.weight.dtype))}
 
 
 def value_head(decoder, hidden, batch, wanted):
@@ -346,14 +348,14 @@ def value_head(decoder, hidden, batch, wanted):
     if hasattr(decoder, "critic"):
         hidden, head = decoder.critic.hidden(batch), decoder.critic.score
     else:
-        head = decoder.values
+        hidden, head = hidden(), decoder.values
     with torch.autocast(hidden.device.type, enabled=False):
         return {"values": head(hidden.index_select(0, batch["predict_from"]).to(head.weight.dtype))[:, 0]}
 
 
 class Head(NamedTuple):
     """What makes streams of hidden states, and the module whose weights it needs."""
-    make: Callable  # (decoder, hidden, batch, names wanted) -> {name: stream}
+    make: Callable  # (decoder, hidden, batch, names wanted) -> {name: stream}; hidden() are the decoder's, made for who asks
     module: str
     labels: int = 0  # rows of a `score` module
 
@@ -393,10 +395,8 @@ class Decoder(nn.Module):
 
     def forward(self, batch: dict, outputs: list[str]) -> dict[str, Tensor]:
         """One packed micro-batch -> the named streams, (N,) each."""
-        makes, made = dict.fromkeys(HEADS[name].make for name in outputs), {}
-        others = {value_head} if hasattr(self, "critic") else set()  # that model has hidden states of its own
-        hidden = self.hidden(batch) if makes.keys() - others else None
-        for make in makes:
+        hidden, made = functools.cache(lambda: self.hidden(batch)), {}
+        for make in dict.fromkeys(HEADS[name].make for name in outputs):
             made |= make(self, hidden, batch, outputs)
         return {name: made[name] for name in outputs}
 

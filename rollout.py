@@ -387,7 +387,8 @@ class Rollouts:
         if (cfg.top_k or cfg.top_p < 1 or cfg.min_p) and run.machine.rank == 0:
             print("warning: with top_k, top_p or min_p, answers are drawn from a part of the distribution that losses are of")
         self.sampler, self.longest = None, max(len(e.prompt) for e in self.prompts.examples)
-        self.drawn, self.kl_coef, self.now, self.warned = 0, cfg.kl_coef, None, False  # prompts drawn so far; of clipped rewards
+        self.drawn, self.kl_coef, self.now = 0, cfg.kl_coef, None  # prompts drawn so far
+        self.warned = False  # of rewards that are clipped
 
     @staticmethod
     def stream_length(datasets: dict, cfg) -> int:
@@ -488,7 +489,7 @@ class Rollouts:
             if self.reference:
                 columns["reference_log_probs"] = self.reference(batch, ["log_probs"])["log_probs"]
             return columns
-        columns = reference.sweep(of, made.dataset, self.layout, self.machine)
+        columns = reference.sweep(of, made.dataset, self.layout, self.machine) if self.outputs or self.reference else {}
         answers, weight = [answer for g in made.groups for answer in g.answers], self.decoder.lm_head.weight
         tensor = lambda values: torch.tensor(values, dtype=weight.dtype, device=weight.device)
         columns["rollout_log_probs"] = tensor([x for answer in answers for x in answer.log_probs])
