@@ -9,19 +9,20 @@ Shapes: T stream tokens, N scored tokens, R responses, P pairs, S segments.
 import array
 import contextlib
 import difflib
+import functools
 import glob
 import gzip
 import itertools
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,20 +99,59 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
          "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "function_call": "assistant", "observation": "tool"}
 
 
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of what an assistant thinks first
+
+
+def parsed(value, key: str):
+    """What JSON text stands for; anything else is itself."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value else value
+    except ValueError as error:
+        raise ValueError(f"{key!r} should be JSON ({error}), found {value[:60]!r}") from None
+
+
+def tool_calls(m: dict) -> list[dict]:
+    """{type, function: {name, arguments}} of each function that a message calls. Chat templates want arguments as an object;
+    OpenAI's are JSON text, and ShareGPT's calls as a whole."""
+    calls = parsed(m["tool_calls"], "tool_calls")
+    calls = [calls] if isinstance(calls, dict) else calls
+    functions = [isinstance(call, dict) and call.get("function", call) for call in calls] if isinstance(calls, list) else [None]
+    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
+        raise ValueError(f"'tool_calls' should be a list of functions with name and arguments, found {str(calls)[:80]!r}")
+    return [{"type": "function", **(call if "function" in call else {}),
+             "function": {**function, "arguments": parsed(function.get("arguments"), "arguments")}}
+            for call, function in zip(calls, functions)]
+
+
+def beside(m: dict) -> dict:
+    """What a chat template may know of a message but role and content."""
+    more = {key: m[key] for key in ("name", "tool_call_id") if m.get(key)}
+    if m.get("tool_calls"):
+        more["tool_calls"] = tool_calls(m)
+    if (key := first_of(REASONING, m)) and m[key]:
+        more |= dict.fromkeys(REASONING[:2], m[key])
+    return more
+
+
 def messages_field(row: dict, key: str) -> list[dict]:
-    """Messages under OpenAI's names or ShareGPT's; a content of parts is joined; one message counts as a list of one."""
+    """Messages under OpenAI's names or ShareGPT's, with what else a chat template may know of; a content of parts is joined; one
+    message counts as a list of one."""
     value = [row[key]] if isinstance(row[key], dict) else row[key]
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
         raise ValueError(f"{key!r} should be text or a list of messages, found {str(row[key])[:60]!r}")
     messages = []
     for m in value:
         role, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
+        if role == "function_call":
+            m, content = {**m, "tool_calls": content}, None
         if isinstance(content, list) and all(isinstance(part, dict) and part.get("type", "text") == "text" for part in content):
             content = "".join(part.get("text") or part.get("value") or "" for part in content)
-        if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
+        more = beside(m)
+        said = isinstance(content, str) or content is None and "tool_calls" in more
+        if not isinstance(role, str) or role not in ROLES or not said:
             raise ValueError(f"{key!r} should hold messages with role (one of {', '.join(ROLES)}) and content, "
                              f"found {str(m)[:80]!r}")
-        messages.append({"role": ROLES[role], "content": content})
+        messages.append({"role": ROLES[role], "content": content, **more})
     return messages
 
 
@@ -469,13 +509,16 @@ class Tokenizer:
             template = {t["name"]: t["template"] for t in template}.get("default", "")
         return template
 
-    def render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+    def render(self, messages: list[dict], add_generation_prompt: bool, tools: list | None = None) -> str:
         if not self.chat_template:
             raise ValueError(f"messages need a chat template and {self.folder} has none; set chat_template to a file "
                              f"with one, or to 'chatml'")
+        for name, key in (("tool_calls", "tool_calls"), ("reasoning_content", "thinking")):
+            if any(name in m for m in messages) and name not in self.chat_template and key not in self.chat_template:
+                raise ValueError(f"a message has {name}, and the chat template knows none; set chat_template to a file that does")
         try:
             return compile_template(self.chat_template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=tools or None, documents=None,
                 bos_token=self.bos_token, eos_token=self.eos_token)
         except Exception as error:  # a template is the user's code: say what it said
             raise ValueError(f"chat template: {type(error).__name__}: {error}") from None
@@ -510,8 +553,9 @@ class Tokenizer:
         return self.fast.decode(list(ids), skip_special_tokens=True)
 
 
-@lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)
 def compile_template(source: str):
+    """As transformers does. {% generation %} marks what the assistant says, for those who do not look at positions."""
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -519,9 +563,9 @@ def compile_template(source: str):
         raise ValueError(message)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = lambda x, ensure_ascii=False, **how: json.dumps(x, ensure_ascii=ensure_ascii, **how)
     environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
-    return environment.from_string(source)
+    return environment.from_string(re.sub(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})", r"\1with\2", source))
 
 
 class Example(NamedTuple):
@@ -558,19 +602,21 @@ def cut(e: Example, tokens: int, longest: int = 0) -> list[Example]:
                        demonstrated=e.demonstrated[i:i + hold]) for i in range(0, len(e.responses), hold)]
 
 
-def render(draft: Draft, tokenizer: Tokenizer, train_on: str) -> tuple[str, list]:
-    """A draft -> prompt text and, of each response, (text, character spans that are trained or None for all of it)."""
+def render(draft: Draft, tokenizer: Tokenizer, train_on: str, tools: list | None = None) -> tuple[str, list]:
+    """A draft -> prompt text and, of each response, (text, character spans that are trained or None for all of it). tools: the
+    functions that may be called, for the chat template."""
     if isinstance(draft.prompt, str):
         return draft.prompt, [(r, None) if isinstance(r, str) else ("".join(s.text for s in r), r) for r in draft.responses]
-    prompt = tokenizer.render(draft.prompt, add_generation_prompt=True)
+    rendered = functools.partial(tokenizer.render, tools=tools)
+    prompt = rendered(draft.prompt, add_generation_prompt=True)
     responses = []
     for turns in draft.responses:
         messages, spans, begin = draft.prompt + turns, [], len(prompt)
-        text = tokenizer.render(messages, add_generation_prompt=False)
+        text = rendered(messages, add_generation_prompt=False)
         trained = [i for i in range(len(draft.prompt), len(messages)) if messages[i]["role"] == "assistant"]
         for i in trained if train_on == "all" else trained[-1:]:
-            before = tokenizer.render(messages[:i], add_generation_prompt=True)
-            after = tokenizer.render(messages[:i + 1], add_generation_prompt=False)
+            before = rendered(messages[:i], add_generation_prompt=True)
+            after = rendered(messages[:i + 1], add_generation_prompt=False)
             if not (text.startswith(after) and after.startswith(before) and before.startswith(prompt)):
                 raise ValueError("the chat template renders an earlier turn in another way once a later one follows; "
                                  "train_on = 'last' trains the last turn alone")
@@ -768,9 +814,11 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
                 raise ValueError(f"expected an object, found {type(row).__name__}")
             noting = Row(row, nulls=kind in ("prm", "steps"))  # theirs say something
             draft = FORMATS[kind](noting, train_on, chat)
+            with_tools = isinstance(draft.prompt, list) and "tools" in tokenizer.chat_template
+            tools = parsed(noting.get("tools"), "tools") if with_tools else None
             columns |= noting.keys()
             noted |= noting.read
-            prompt, responses = render(draft, tokenizer, train_on)
+            prompt, responses = render(draft, tokenizer, train_on, tools)
             check_characters("".join([prompt, *(text for text, _ in responses)]))
             drafts.append((where, draft, prompt, responses))
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:

@@ -92,7 +92,7 @@ FORMATS = {
         {"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}, {"from": "human", "value": "and"},
         {"from": "chatgpt", "value": "so"}]}, [S("be brief"), U("hi")], [[A("yo"), U("and"), A("so")]]),
     "sharegpt tools": ("sft", {"conversations": [
-        {"from": "system", "value": "be brief"}, {"from": "human", "value": "hi"}, {"from": "function_call", "value": "f()"},
+        {"from": "system", "value": "be brief"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "f()"},
         {"from": "observation", "value": "3"}, {"from": "gpt", "value": "yo"}]},
         [S("be brief"), U("hi")], [[A("f()"), {"role": "tool", "content": "3"}, A("yo")]]),
     "alpaca": ("sft", {"instruction": "Add.", "input": "1 2", "output": "3"}, [U("Add.\n1 2")], [[A("3")]]),
@@ -358,6 +358,8 @@ def test_real_chats_are_what_transformers_renders(file, mode, real, smollm2, tmp
     "{{ bos_token }}{% for m in messages %}\n    {% if loop.first %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}\n",
     "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{{ m | tojson(indent=2) }}{% endfor %}",
     "{{ strftime_now('%Y') }}",
+    "{% for m in messages %}\n{%- generation %}\n{% set role = m.role %}{{ role }}\n{% endgeneration -%}\n{{ role }}|{% endfor %}",
+    "{{ messages | tojson(ensure_ascii=True, sort_keys=True, separators=(',', ':')) }}",
     "{% if tools is not none %}{{ 'tools' }}{% endif %}{{ messages[0]['content'] }}"])
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 def test_templates_render_as_in_transformers(source, add_generation_prompt, stories, tmp_path):
@@ -366,6 +368,62 @@ def test_templates_render_as_in_transformers(source, add_generation_prompt, stor
     expected = transformers.AutoTokenizer.from_pretrained(stories).apply_chat_template(
         messages, chat_template=source, tokenize=False, add_generation_prompt=add_generation_prompt)
     assert with_template(tmp_path, stories, source).render(messages, add_generation_prompt) == expected
+
+
+CALLING = (  # a template that knows of functions
+    "{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools>{% endif %}{% for m in messages %}<{{ m.role }}>"
+    "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"a": "é <int>"}}}
+
+
+def called(arguments, **more):
+    return {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "add", "arguments": arguments}}], **more}
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_calls_of_functions_are_trained(as_text, smollm2, tmp_path):
+    """What an assistant thinks and calls is the template's to write, with arguments as an object and as JSON text, and `tools`
+    in both forms as well; what the function said is not trained."""
+    arguments, tools = {"a": 2, "b": "é"}, [ADD]
+    if as_text:
+        arguments, tools = json.dumps(arguments), json.dumps(tools)
+    messages = [U("2+2?"), called(arguments, reasoning="hm"), {"role": "tool", "tool_call_id": "1", "content": "4"}, A("It is 4.")]
+    tokenizer = with_template(tmp_path, smollm2, CALLING)
+    example, _ = one(tmp_path, {"messages": messages, "tools": tools}, tokenizer)
+    assert text_of(tokenizer, example.prompt) == f"<tools>{json.dumps(ADD, ensure_ascii=False)}</tools><user>2+2?<|im_end|><assistant>"
+    assert runs(tokenizer, example.responses[0], example.scored[0]) == ['(hm)add{"a": 2, "b": "é"}<|im_end|>', "It is 4.<|im_end|>"]
+    pair = {"prompt": messages[:1], "chosen": messages[1:2], "rejected": [A("5")], "tools": tools}
+    example, _ = one(tmp_path, pair, tokenizer, "preference")
+    assert [text_of(tokenizer, ids) for ids in example.responses] == ['(hm)add{"a": 2, "b": "é"}<|im_end|>', "5<|im_end|>"]
+    sharegpt = {"conversations": [{"from": "human", "value": "2+2?"}, {
+        "from": "function_call", "value": json.dumps({"name": "add", "arguments": arguments})}], "tools": tools}
+    example, _ = one(tmp_path, sharegpt, tokenizer)
+    assert text_of(tokenizer, example.responses[0]) == 'add{"a": 2, "b": "é"}<|im_end|>'
+    prompt, _ = one(tmp_path, {"prompt": messages[:3], "tools": tools}, tokenizer, "prompts")
+    assert text_of(tokenizer, prompt.prompt).endswith("<tool>4<|im_end|><assistant>") and prompt.row["tools"] == tools
+
+
+@pytest.mark.parametrize("m, said", [
+    (called({}), "a message has tool_calls, and the chat template knows none"),
+    ({**A("yo"), "reasoning_content": "hm"}, "a message has reasoning_content, and the chat template knows none")])
+def test_no_call_and_no_thought_is_lost(m, said, tmp_path):
+    with pytest.raises(ValueError, match=f"row.jsonl:1: {said}; set chat_template"):
+        one(tmp_path, {"messages": [U("1"), m]}, with_template(tmp_path, ARITHMETIC, REFUSING))
+
+
+@pytest.mark.parametrize("calls", ["{", "3", {"a": 1}, [1], [{"function": 1}], [{"function": {"arguments": {}}}], [{"name": "f", "arguments": "{"}]])
+def test_calls_that_are_none(calls, tmp_path):
+    with pytest.raises(ValueError, match=r"row.jsonl:1: '(tool_calls|arguments)' should be"):
+        one(tmp_path, {"messages": [U("1"), {"role": "assistant", "tool_calls": calls}]}, with_template(tmp_path, ARITHMETIC, CALLING))
+
+
+def test_functions_that_a_template_does_not_know_are_said(tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", [{"messages": [U("1"), A("2")], "tools": [ADD]}])
+    for source, lost in ((CALLING, False), (REFUSING, True)):
+        data.load(file, "sft", with_template(tmp_path, ARITHMETIC, source), config.load(["--max_length=999"]))
+        assert ("columns that are not read: tools" in capsys.readouterr().err) == lost
 
 
 @pytest.mark.parametrize("source", [

@@ -21,8 +21,9 @@ from test_train import options
 
 USER, AI = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is 4."}
 MORE = [USER, AI, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
+CALL = {"role": "assistant", "content": None, "reasoning": "hm", "tool_calls": [{"id": "1", "function": {"name": "add", "arguments": '{"a": 2}'}}]}
 GOOD = {
-    "sft": [{"prompt": "a b", "completion": " c d"}, {"messages": MORE}, {"text": "all of it"}, {"system": "Be short.", "messages": [USER, AI]},
+    "sft": [{"tools": '[{"name": "add"}]', "messages": [USER, CALL, {"role": "tool", "tool_call_id": "1", "content": "4"}, AI]}, {"prompt": "a b", "completion": " c d"}, {"messages": MORE}, {"text": "all of it"}, {"system": "Be short.", "messages": [USER, AI]},
             {"instruction": "Add", "input": "2 2", "output": "4"}, {"prompt": [USER], "completion": [AI]},
             {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
             {"system": "Be short.", "instruction": "2 + 2?", "context": "in the ring of 3", "history": [["a", "b"]], "response": "1"}],
@@ -37,7 +38,8 @@ GOOD = {
     "prompts": [{"prompt": "say", "answer": 3}, {"question": "why"}, {"problem": "1 + 1"}, {"prompt": [USER]}, {"messages": MORE}]}
 ODD = ["", " ", "\0", "a\0b", "\ud800", "x\udfffy", "\u202e\u0301", "🙂" * 3, "<|end|>", "x" * 20_000, None, True, False, 0, -1, 2, 1.5, 1e999,
        float("nan"), 10**30, [], {}, [[]], [[[[1]]]], [None], [{}], {"role": "user"}, {"a": {"b": []}}, [1, "a", None], [USER, 3], "assistant"]
-CHATML = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+CHATML = ("{{ tools|tojson if tools }}{% for m in messages %}<|{{ m.role }}|>{{ m.thinking }}{{ m.content }}"
+          "{{ m.tool_calls|tojson if m.tool_calls }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,16 @@ TRL's DPO, KTO and GRPO losses live in trainers, so these are built on a tiny Ll
 a real batch; ours get the log-probs of the same batch. Its other losses are functions, or methods that are called as such.
 README lists where the peers differ; `test_where_*` show it, but for what TRL's CPO and ORPO trainers add to their losses.
 """
+import itertools
 import os
 import types
+from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 
+import data
 import losses
 from conftest import ROOT, TINY
 
@@ -59,6 +63,37 @@ def tiny_llama(seed):
 def arithmetic_tokenizer():
     transformers = pytest.importorskip("transformers")
     return transformers.AutoTokenizer.from_pretrained(ROOT / "tasks/arithmetic")
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_chat_templates_of_models_render_as_in_transformers(trl, add_generation_prompt, tmp_path):
+    """Those that TRL ships, with {% generation %} and without: conversations with a system's turn, thoughts, functions."""
+    theirs, equal = arithmetic_tokenizer(), 0
+    user, call = {"role": "user", "content": "é <b>?"}, {"name": "add", "arguments": {"a": 2, "b": ["é"]}}
+    answer = {"role": "assistant", "content": "So."}
+    tools = [{"type": "function", "function": {"name": "add", "description": "a < b", "parameters": {
+        "type": "object", "properties": {"a": {"type": "integer", "description": "é"}}, "required": ["a"]}}}]
+    talks = [([user, answer, user, answer], None), ([{"role": "system", "content": "Be."}, user, answer], None),
+             ([user, {**answer, "reasoning_content": "hm"}], None), ([user, answer], tools),
+             ([user, {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "abcdefghi", "function": call}]},
+               {"role": "tool", "name": "add", "tool_call_id": "abcdefghi", "content": "3"}, answer], tools)]
+    files = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+    for file, (talk, tools) in itertools.product(files, talks):
+        talk = talk[:-1] if add_generation_prompt else talk
+        try:
+            expected = theirs.apply_chat_template(talk, tools=tools, chat_template=file.read_text(), tokenize=False,
+                                                  add_generation_prompt=add_generation_prompt)
+        except (jinja2.TemplateError, TypeError):
+            continue  # it takes no such conversation
+        try:
+            rendered = data.Tokenizer(ROOT / "tasks/arithmetic", str(file)).render(
+                data.messages_field({"messages": talk}, "messages"), add_generation_prompt, tools)
+        except ValueError as error:
+            assert "the chat template knows none" in str(error), (file.name, talk)
+            continue
+        assert rendered == expected, (file.name, talk)
+        equal += 1
+    assert equal > 3 * len(files) > 100
 
 
 def sums(model, ids, attention_mask, completion_mask):
