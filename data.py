@@ -1028,25 +1028,29 @@ def varlen_segments(spans: list) -> dict:
 
 def grouped_segments(spans: list) -> dict:
     """Index tensors of grouped attention: segments whose query and key lengths round up to the same size share one
-    padded call; a segment's offset is the number of keys before its first query."""
+    padded call; a segment's offset is the number of keys before its first query. Prompts, and long responses behind short
+    ones, have a query for each key: the offset is 0, and no mask is needed where there is no window."""
     groups = {}
     for span in spans:
-        groups.setdefault((rounded(span[1]), rounded(span[1] + span[3])), []).append(span)
+        _, n, _, shared = span
+        square = shared == 0 or n + shared > 768 and n >= 4 * shared  # the queries that are made in vain cost less than a mask
+        groups.setdefault((square, rounded(n + square * shared), rounded(n + shared)), []).append(span)
     index_q, index_k, shapes, offsets, at = [], [], [], [], 0
     inverse = np.empty(sum(span[1] for span in spans), np.int64)
-    for members in groups.values():
+    for (square, _, _), members in groups.items():
         begin, n, prompt, shared = np.array(members).T[..., None]  # (B, 1) each
-        length_q, length_k = int(n.max()), int((n + shared).max())
+        first = square * shared  # place of the first query that is not in vain
+        length_q, length_k = int((n + first).max()), int((n + shared).max())
         place = np.arange(length_k)
         own = np.where(place < shared + n, begin + place - shared, prompt)
         index_k.append(np.where(place < shared, prompt + place, own).ravel())
-        place = np.arange(length_q)
-        real = place < n
+        place = np.arange(length_q) - first
+        real = (place >= 0) & (place < n)
         index_q.append(np.where(real, begin + place, begin).ravel())
         inverse[(begin + place)[real]] = at + np.flatnonzero(real)
         at += real.size
         shapes.append((len(members), length_q, length_k))
-        offsets.append(shared[:, 0])
+        offsets.append((shared - first)[:, 0])
     return {"group_q": np.concatenate(index_q), "group_k": np.concatenate(index_k), "group_inverse": inverse,
             "group_offset": np.concatenate(offsets), "groups": shapes, "masks": {}}
 

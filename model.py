@@ -189,16 +189,18 @@ def _grouped(q, k, v, batch, window):
     q = wide(q).index_select(0, batch["group_q"]).split([rows * length for rows, length, _ in groups])
     k, v = (wide(x).index_select(0, batch["group_k"]).split([rows * length for rows, _, length in groups]) for x in (k, v))
     for i, (rows, length_q, length_k) in enumerate(groups):
-        mask = batch["masks"].get((i, window))  # the same for every layer
-        if mask is None:
+        causal = length_q == length_k and not window  # every segment has a query for each key
+        mask = None if causal else batch["masks"].get((i, window))  # the same for every layer
+        if mask is None and not causal:
             offset = batch["group_offset"].split([rows for rows, _, _ in groups])[i]  # keys before the first query
             place = torch.arange(length_q, device=offset.device)[:, None] + offset[:, None, None]  # (B, Lq, 1)
             distance = place - torch.arange(length_k, device=place.device)  # (B, Lq, Lk), both as places among the keys
-            mask = (distance >= 0) & (distance < window if window else True)
-            mask = batch["masks"][i, window] = mask[:, None]
+            hidden = (distance < 0) | (distance >= window if window else False)
+            mask = q[i].new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None]  # of booleans, each layer keeps its own
+            batch["masks"][i, window] = mask
         blocks = [x[i].unflatten(0, (rows, -1)).transpose(1, 2) for x in (q, k, v)]  # (B, H, L, E)
-        with torch.autocast(mask.device.type, enabled=False):
-            attended = F.scaled_dot_product_attention(*blocks, attn_mask=mask, enable_gqa=True)
+        with torch.autocast(q[i].device.type, enabled=False):
+            attended = F.scaled_dot_product_attention(*blocks, attn_mask=mask, is_causal=causal, enable_gqa=True)
         out.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(out).index_select(0, batch["group_inverse"]).to(dtype)
 
@@ -238,8 +240,15 @@ class Attention(nn.Module):
         return (rotate(q, *rope), rotate(k, *rope), v) if rope else (q, k, v)
 
 
+def remade(function: Callable, *inputs: Tensor) -> Tensor:
+    """function(*inputs), whose intermediate results are not kept for backward but made again; a compiler sees to that itself."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 class MLP(nn.Module):
-    """Gated by SiLU; GPT-2's is plain, with a GELU."""
+    """Gated by SiLU; GPT-2's is plain, with a GELU. What is in between, as wide as it is cheap, is not kept."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -249,10 +258,11 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
         self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
 
+    def down(self, up, gate=None):
+        return self.down_proj(F.gelu(up, approximate="tanh") if gate is None else F.silu(gate) * up)
+
     def forward(self, x):
-        if self.gated:
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        return remade(self.down, self.up_proj(x), *([self.gate_proj(x)] if self.gated else []))
 
 
 class Block(nn.Module):

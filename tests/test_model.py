@@ -1,10 +1,12 @@
 """The decoder equals transformers' models, folders go there and back, and packing changes nothing."""
 import contextlib
 import json
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import model
@@ -186,17 +188,22 @@ def test_responses_never_see_their_siblings():
     assert torch.equal(first[:n], second[:n]) and not torch.equal(first[n:], second[n:])
 
 
-def test_varlen_segments_describe_the_same_attention():
+def some_lengths():
+    """(prompt, responses) of six small trees."""
+    return [(len(e.prompt), [*map(len, e.responses)]) for e in random_trees(np.random.default_rng(5), 6, 97)]
+
+
+@pytest.mark.parametrize("lengths", [some_lengths(), [(40, [900, 30]), (12, [800])]])  # long ones have a query for each key
+def test_varlen_segments_describe_the_same_attention(lengths):
     """The CUDA kernel's index tensors, replayed segment by segment with plain attention, equal the grouped path."""
-    rng = np.random.default_rng(5)
     spans, at = [], 0
-    for e in random_trees(rng, 6, 97):
-        begin, n = at, len(e.prompt)
-        spans.append((at, n, at, 0))
-        at += n
-        for r in e.responses:
-            spans.append((at, len(r), begin, n))
-            at += len(r)
+    for prompt, responses in lengths:
+        begin = at
+        spans.append((at, prompt, at, 0))
+        at += prompt
+        for n in responses:
+            spans.append((at, n, begin, prompt))
+            at += n
     q, k, v = torch.randn(at, 4, 8), torch.randn(at, 2, 8), torch.randn(at, 2, 8)
     grouped, varlen = data.to_device(data.grouped_segments(spans), "cpu"), data.to_device(data.varlen_segments(spans), "cpu")
     for window in (0, 5):
@@ -217,6 +224,35 @@ def test_varlen_segments_describe_the_same_attention():
         for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
             with context:  # 16 bits in and out, and nothing is rounded in between
                 assert torch.equal(model.packed_attention(*rounded, {**grouped, "masks": {}}, window), exact.bfloat16())
+
+
+class Alive(TorchDispatchMode):
+    """Notes every tensor that is made, and says which are still there."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.made += [weakref.ref(x) for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor)]
+        return out
+
+    def shapes(self):
+        return [tuple(tensor.shape) for made in self.made if (tensor := made()) is not None]
+
+
+@pytest.mark.parametrize("family, kept", [("llama", 2), ("gpt2", 1)])
+def test_what_backward_waits_for(family, kept):
+    """Of a layer's MLP its matrix products, not what comes of them one by one; of a mask one for all layers."""
+    decoder, dataset = tiny(family), as_dataset(random_trees(np.random.default_rng(1), 3, 97))
+    (batch,), _ = data.micro_batches(dataset, np.arange(3), layout(999))
+    with Alive() as alive:
+        out = decoder(batch, ["log_probs"])["log_probs"]
+    wide, masks = (len(batch["tokens"]), decoder.shape.intermediate_size), [tuple(mask.shape) for mask in batch["masks"].values()]
+    assert alive.shapes().count(wide) == kept * decoder.shape.num_layers
+    assert len(masks) == sum(shape in masks for shape in alive.shapes()) > 1
+    out.sum().backward()
 
 
 def test_no_graph_is_made_after_the_first_step():
