@@ -31,6 +31,7 @@ import torch
 from tokenizers import Tokenizer as FastTokenizer
 
 import report
+from losses import OBJECTIVES
 from model import read_json
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,9 +101,10 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of what an assistant thinks first
+CALLS = ("tool_calls", "function_call")  # of the functions that it calls, and of one
 
 
-def parsed(value, key: str):
+def from_json(value, key: str):
     """What JSON text stands for; anything else is itself."""
     try:
         return json.loads(value) if isinstance(value, str) and value else value
@@ -110,26 +112,35 @@ def parsed(value, key: str):
         raise ValueError(f"{key!r} should be JSON ({error}), found {value[:60]!r}") from None
 
 
-def tool_calls(m: dict) -> list[dict]:
+def objects(value, key: str) -> list[dict]:
+    """A list of objects, or one, each of them or all as JSON text."""
+    value = from_json(value, key)
+    found = [from_json(item, key) for item in (value if isinstance(value, list) else [value])]
+    if not all(isinstance(item, dict) for item in found):
+        raise ValueError(f"{key!r} should be a list of objects, found {str(value)[:60]!r}")
+    return found
+
+
+def called(m: dict, key: str) -> list[dict]:
     """{type, function: {name, arguments}} of each function that a message calls. Chat templates want arguments as an object;
     OpenAI's are JSON text, and ShareGPT's calls as a whole."""
-    calls = parsed(m["tool_calls"], "tool_calls")
-    calls = [calls] if isinstance(calls, dict) else calls
-    functions = [isinstance(call, dict) and call.get("function", call) for call in calls] if isinstance(calls, list) else [None]
-    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
-        raise ValueError(f"'tool_calls' should be a list of functions with name and arguments, found {str(calls)[:80]!r}")
-    return [{"type": "function", **(call if "function" in call else {}),
-             "function": {**function, "arguments": parsed(function.get("arguments"), "arguments")}}
-            for call, function in zip(calls, functions)]
+    calls = []
+    for call in objects(m[key], key):
+        function, outer = objects(call.get("function") or call, key)[0], call if "function" in call else {}
+        arguments = from_json(function.get("arguments"), "arguments") or {}
+        if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
+            raise ValueError(f"{key!r} should be functions with a name and arguments, found {str(call)[:60]!r}")
+        calls.append({"type": "function", **outer, "function": {**function, "arguments": arguments}})
+    return calls
 
 
-def beside(m: dict) -> dict:
+def extras(m: dict) -> dict:
     """What a chat template may know of a message but role and content."""
     more = {key: m[key] for key in ("name", "tool_call_id") if m.get(key)}
-    if m.get("tool_calls"):
-        more["tool_calls"] = tool_calls(m)
+    if (key := first_of(CALLS, m)) and m[key]:
+        more["tool_calls"] = called(m, key)
     if (key := first_of(REASONING, m)) and m[key]:
-        more |= dict.fromkeys(REASONING[:2], m[key])
+        more |= dict.fromkeys(REASONING[:2], text_field(m, key))
     return more
 
 
@@ -143,10 +154,10 @@ def messages_field(row: dict, key: str) -> list[dict]:
     for m in value:
         role, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
         if role == "function_call":
-            m, content = {**m, "tool_calls": content}, None
+            m, content = {**m, "function_call": content}, None
         if isinstance(content, list) and all(isinstance(part, dict) and part.get("type", "text") == "text" for part in content):
             content = "".join(part.get("text") or part.get("value") or "" for part in content)
-        more = beside(m)
+        more = extras(m)
         said = isinstance(content, str) or content is None and "tool_calls" in more
         if not isinstance(role, str) or role not in ROLES or not said:
             raise ValueError(f"{key!r} should hold messages with role (one of {', '.join(ROLES)}) and content, "
@@ -513,9 +524,8 @@ class Tokenizer:
         if not self.chat_template:
             raise ValueError(f"messages need a chat template and {self.folder} has none; set chat_template to a file "
                              f"with one, or to 'chatml'")
-        for name, key in (("tool_calls", "tool_calls"), ("reasoning_content", "thinking")):
-            if any(name in m for m in messages) and name not in self.chat_template and key not in self.chat_template:
-                raise ValueError(f"a message has {name}, and the chat template knows none; set chat_template to a file that does")
+        if any("tool_calls" in m for m in messages) and "tool_calls" not in self.chat_template:
+            raise ValueError("a message has tool_calls, and the chat template knows none; set chat_template to a file that does")
         try:
             return compile_template(self.chat_template).render(
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=tools or None, documents=None,
@@ -563,7 +573,8 @@ def compile_template(source: str):
         raise ValueError(message)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda x, ensure_ascii=False, **how: json.dumps(x, ensure_ascii=ensure_ascii, **how)
+    environment.filters["tojson"] = lambda x, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
     return environment.from_string(re.sub(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})", r"\1with\2", source))
 
@@ -620,11 +631,22 @@ def render(draft: Draft, tokenizer: Tokenizer, train_on: str, tools: list | None
             if not (text.startswith(after) and after.startswith(before) and before.startswith(prompt)):
                 raise ValueError("the chat template renders an earlier turn in another way once a later one follows; "
                                  "train_on = 'last' trains the last turn alone")
+            check_said(messages[i], after[len(before):])
             spans.append((len(before) - begin, len(after.rstrip()) - begin))  # templates put a newline behind the EOS
         if not spans:
             raise ValueError("no message of an assistant to train on")
         responses.append((text[begin:begin + spans[-1][1]], spans))
     return prompt, responses
+
+
+def check_said(m: dict, text: str):
+    """An error unless the text, a trained turn, has all that its message says; spaces apart."""
+    bare = lambda said: "".join((said or "").split())
+    for key, parts in (("content", [m["content"]]), ("reasoning_content", [m.get("reasoning_content")]),
+                       ("tool_calls", [call["function"]["name"] for call in m.get("tool_calls", ())])):
+        if not all(bare(part) in bare(text) for part in parts):
+            raise ValueError(f"the chat template leaves out the {key} of a turn that is trained, it makes {text[:60]!r} of it; "
+                             f"set chat_template to a file that does not")
 
 
 def check_characters(text: str):
@@ -815,7 +837,7 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
             noting = Row(row, nulls=kind in ("prm", "steps"))  # theirs say something
             draft = FORMATS[kind](noting, train_on, chat)
             with_tools = isinstance(draft.prompt, list) and "tools" in tokenizer.chat_template
-            tools = parsed(noting.get("tools"), "tools") if with_tools else None
+            tools = objects(noting["tools"], "tools") if with_tools and noting.get("tools") else None
             columns |= noting.keys()
             noted |= noting.read
             prompt, responses = render(draft, tokenizer, train_on, tools)
@@ -834,8 +856,11 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
             flush()
     flush()
     counts["used"] = len(examples)
-    if show and kind in ("sft", "preference", "kto") and columns - noted:
-        print(f"{paths}: columns that are not read: {', '.join(sorted(columns - noted))}", file=sys.stderr)
+    if show and kind in ("sft", "preference", "kto", "prompts"):
+        noted -= {"margin"}.difference(*(OBJECTIVES[name].reads for name in cfg.weights))  # a loss has to read it, too
+        lost = (columns - noted) & ({"tools"} if kind == "prompts" else columns)  # of prompts, others are for the reward
+        if lost:
+            print(f"{paths}: columns that are not read: {', '.join(sorted(lost))}", file=sys.stderr)
     if not examples:
         raise ValueError(f"{paths}: no row left to train on ({counted(counts)})")
     return as_dataset(examples, counts, sizes)
@@ -1028,12 +1053,12 @@ def varlen_segments(spans: list) -> dict:
 
 def grouped_segments(spans: list) -> dict:
     """Index tensors of grouped attention: segments whose query and key lengths round up to the same size share one
-    padded call; a segment's offset is the number of keys before its first query. Prompts, and long responses behind short
-    ones, have a query for each key: the offset is 0, and no mask is needed where there is no window."""
+    padded call; a segment's offset is the number of keys before its first query. Prompts have a query for each key, and long
+    responses behind short ones are given one: the offset is 0, and no mask is needed where there is no window."""
     groups = {}
     for span in spans:
         _, n, _, shared = span
-        square = shared == 0 or n + shared > 768 and n >= 4 * shared  # the queries that are made in vain cost less than a mask
+        square = shared == 0 or n + shared > 768 and n >= 4 * shared  # measured: queries in vain cost less than keys in vain
         groups.setdefault((square, rounded(n + square * shared), rounded(n + shared)), []).append(span)
     index_q, index_k, shapes, offsets, at = [], [], [], [], 0
     inverse = np.empty(sum(span[1] for span in spans), np.int64)

@@ -189,15 +189,17 @@ def _grouped(q, k, v, batch, window):
     q = wide(q).index_select(0, batch["group_q"]).split([rows * length for rows, length, _ in groups])
     k, v = (wide(x).index_select(0, batch["group_k"]).split([rows * length for rows, _, length in groups]) for x in (k, v))
     for i, (rows, length_q, length_k) in enumerate(groups):
-        causal = length_q == length_k and not window  # every segment has a query for each key
-        mask = None if causal else batch["masks"].get((i, window))  # the same for every layer
+        reach = window if window < length_k else 0
+        causal = length_q == length_k and not reach  # every segment has a query for each key
+        key = i, reach, q[i].dtype
+        mask = None if causal else batch["masks"].get(key)  # the same for every layer
         if mask is None and not causal:
             offset = batch["group_offset"].split([rows for rows, _, _ in groups])[i]  # keys before the first query
             place = torch.arange(length_q, device=offset.device)[:, None] + offset[:, None, None]  # (B, Lq, 1)
             distance = place - torch.arange(length_k, device=place.device)  # (B, Lq, Lk), both as places among the keys
-            hidden = (distance < 0) | (distance >= window if window else False)
-            mask = q[i].new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None]  # of booleans, each layer keeps its own
-            batch["masks"][i, window] = mask
+            hidden = (distance < 0) | (distance >= reach if reach else False)
+            mask = q[i].new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None]  # SDPA would make one in each layer
+            batch["masks"][key] = mask
         blocks = [x[i].unflatten(0, (rows, -1)).transpose(1, 2) for x in (q, k, v)]  # (B, H, L, E)
         with torch.autocast(q[i].device.type, enabled=False):
             attended = F.scaled_dot_product_attention(*blocks, attn_mask=mask, is_causal=causal, enable_gqa=True)
@@ -240,15 +242,19 @@ class Attention(nn.Module):
         return (rotate(q, *rope), rotate(k, *rope), v) if rope else (q, k, v)
 
 
+REMADE = 2**20  # elements
+
+
 def remade(function: Callable, *inputs: Tensor) -> Tensor:
-    """function(*inputs), whose intermediate results are not kept for backward but made again; a compiler sees to that itself."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    """function(*inputs), whose intermediate results are made again in backward and not kept. A compiler sees to that itself, and
+    for small ones it does not pay."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or inputs[0].numel() < REMADE:
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class MLP(nn.Module):
-    """Gated by SiLU; GPT-2's is plain, with a GELU. What is in between, as wide as it is cheap, is not kept."""
+    """Gated by SiLU; GPT-2's is plain, with a GELU."""
 
     def __init__(self, shape: Shape):
         super().__init__()

@@ -214,7 +214,7 @@ def compare(options, cfg):
 
 def beside(line: dict) -> str:
     """What compare says of a prompt, in two columns."""
-    prompt = line["prompt"] if isinstance(line["prompt"], str) else line["prompt"][-1]["content"]
+    prompt = line["prompt"] if isinstance(line["prompt"], str) else line["prompt"][-1]["content"] or ""
     wrapped = lambda text: [part for line in text.splitlines() for part in textwrap.wrap(line, 38) or [""]]
     rows = [f"{left:38} | {right}".rstrip() for left, right in itertools.zip_longest(*map(wrapped, line["answers"]), fillvalue="")]
     notes = [f"{key} {line[key][0]:.4g} | {line[key][1]:.4g}" for key in ("rewards", "right") if key in line]

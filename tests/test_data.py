@@ -22,6 +22,7 @@ LLAMA2 = ("{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['
           "{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}")  # no generation prompt
 PLAIN = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
          "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")  # does not close the turn
+REFUSING = "{% for m in messages %}{{ raise_exception('no') if m.content == 'refuse' else m.content }}{% endfor %}"
 
 
 def write(path, rows):
@@ -265,8 +266,10 @@ def test_what_is_not_read_is_said(tmp_path, capsys):
     tokenizer = data.Tokenizer(ARITHMETIC)
     read = lambda file, kind: data.load(file, kind, tokenizer, config.load(["--max_length=99"]))
     assert len(read(write(tmp_path / "rows.jsonl", rows), "sft")) == 2 and capsys.readouterr().err.endswith("rows.jsonl: columns that are not read: id, post\n")
-    read(write(tmp_path / "all.jsonl", [{"prompt": "1", "chosen": "2", "rejected": "3", "margin": 1.0}]), "preference")
-    assert "not read" not in capsys.readouterr().err
+    file = write(tmp_path / "all.jsonl", [{"prompt": "1", "chosen": "2", "rejected": "3", "margin": 1.0}])
+    for objective, lost in (("rm", False), ("dpo", True), ("{'dpo': 1.0, 'rm_hinge': 1.0}", False)):
+        data.load(file, "preference", tokenizer, config.load([f"--objective={objective}"]))
+        assert ("columns that are not read: margin" in capsys.readouterr().err) == lost
 
 
 def test_nulls_are_columns_that_are_not_there(tmp_path):
@@ -405,25 +408,53 @@ def test_calls_of_functions_are_trained(as_text, smollm2, tmp_path):
     assert text_of(tokenizer, prompt.prompt).endswith("<tool>4<|im_end|><assistant>") and prompt.row["tools"] == tools
 
 
-@pytest.mark.parametrize("m, said", [
-    (called({}), "a message has tool_calls, and the chat template knows none"),
-    ({**A("yo"), "reasoning_content": "hm"}, "a message has reasoning_content, and the chat template knows none")])
-def test_no_call_and_no_thought_is_lost(m, said, tmp_path):
-    with pytest.raises(ValueError, match=f"row.jsonl:1: {said}; set chat_template"):
-        one(tmp_path, {"messages": [U("1"), m]}, with_template(tmp_path, ARITHMETIC, REFUSING))
+FORGETS = CALLING.replace("m.tool_calls or []", "m.no_tool_calls or []")
+CUTS = "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
-@pytest.mark.parametrize("calls", ["{", "3", {"a": 1}, [1], [{"function": 1}], [{"function": {"arguments": {}}}], [{"name": "f", "arguments": "{"}]])
-def test_calls_that_are_none(calls, tmp_path):
-    with pytest.raises(ValueError, match=r"row.jsonl:1: '(tool_calls|arguments)' should be"):
-        one(tmp_path, {"messages": [U("1"), {"role": "assistant", "tool_calls": calls}]}, with_template(tmp_path, ARITHMETIC, CALLING))
+@pytest.mark.parametrize("source, m, said", [
+    (REFUSING, called({}), "a message has tool_calls, and the chat template knows none"),
+    (FORGETS, called({}), "the chat template leaves out the tool_calls of a turn that is trained"),
+    (PLAIN, {**A("yo"), "reasoning_content": "hm"}, "the chat template leaves out the reasoning_content of a turn that is trained"),
+    (CUTS, A("<think>hm</think>yo"), "the chat template leaves out the content of a turn that is trained")])
+def test_what_a_trained_turn_says_is_not_lost(source, m, said, smollm2, tmp_path):
+    tokenizer = with_template(tmp_path, smollm2, source)
+    with pytest.raises(ValueError, match=f"row.jsonl:1: {said}.*; set chat_template"):
+        one(tmp_path, {"messages": [U("1"), m]}, tokenizer)
+    if m.get("content"):  # before it, it may be
+        one(tmp_path, {"messages": [U("1"), m, U("2"), A("so")]}, tokenizer, train_on="last")
+
+
+@pytest.mark.parametrize("given, said", [
+    *(({"tool_calls": calls}, "'tool_calls' should be") for calls in ("{", "3", {"a": 1}, [1], [{"function": 1}], [{"function": {"arguments": {}}}])),
+    *(({"tool_calls": [{"name": "f", "arguments": arguments}]}, "'(tool_calls|arguments)' should be") for arguments in ("{", "3", [1])),
+    ({"function_call": "f(1)"}, "'function_call' should be JSON"), ({"reasoning": ["hm"]}, "'reasoning' should be a string")])
+def test_calls_and_thoughts_that_are_none(given, said, tmp_path):
+    with pytest.raises(ValueError, match=f"row.jsonl:1: {said}"):
+        one(tmp_path, {"messages": [U("1"), {**A("2"), **given}]}, with_template(tmp_path, ARITHMETIC, CALLING))
+
+
+@pytest.mark.parametrize("tools", ["{", "3", 3, True, ["add"], "\"add\"", [[ADD]]])
+def test_functions_that_are_none(tools, tmp_path):
+    with pytest.raises(ValueError, match=r"row.jsonl:1: 'tools' should be"):
+        one(tmp_path, {"messages": [U("1"), A("2")], "tools": tools}, with_template(tmp_path, ARITHMETIC, CALLING))
+
+
+@pytest.mark.parametrize("tools", [ADD, json.dumps(ADD), [ADD], json.dumps([ADD]), [json.dumps(ADD)]])
+@pytest.mark.parametrize("m", [{"tool_calls": [{"name": "add"}]}, {"tool_calls": {"name": "add", "arguments": ""}},
+                               {"function_call": {"name": "add", "arguments": "{}"}}, {"tool_calls": [{"function": {"name": "add"}, "id": "1"}]}])
+def test_forms_of_functions_and_calls(tools, m, smollm2, tmp_path):
+    tokenizer = with_template(tmp_path, smollm2, CALLING)
+    example, _ = one(tmp_path, {"messages": [U("1"), {"role": "assistant", **m}], "tools": tools}, tokenizer)
+    assert text_of(tokenizer, example.prompt).startswith(f"<tools>{json.dumps(ADD, ensure_ascii=False)}</tools>")
+    assert text_of(tokenizer, example.responses[0]) == "add{}<|im_end|>"
 
 
 def test_functions_that_a_template_does_not_know_are_said(tmp_path, capsys):
-    file = write(tmp_path / "rows.jsonl", [{"messages": [U("1"), A("2")], "tools": [ADD]}])
-    for source, lost in ((CALLING, False), (REFUSING, True)):
-        data.load(file, "sft", with_template(tmp_path, ARITHMETIC, source), config.load(["--max_length=999"]))
-        assert ("columns that are not read: tools" in capsys.readouterr().err) == lost
+    file = write(tmp_path / "rows.jsonl", [{"messages": [U("1"), A("2")], "tools": [ADD], "answer": "2"}])
+    for (source, lost), kind in itertools.product(((CALLING, False), (REFUSING, True)), ("sft", "prompts")):
+        data.load(file, kind, with_template(tmp_path, ARITHMETIC, source), config.load(["--max_length=999"]))
+        assert ("tools" in capsys.readouterr().err) == lost
 
 
 @pytest.mark.parametrize("source", [
@@ -706,7 +737,6 @@ MALFORMED = {
     "refused by the template": b'{"messages": [{"role": "user", "content": "refuse"}, {"role": "assistant", "content": "2"}]}',
     "not utf-8": b'{"prompt": "1+1=", "completion": "\xff"}',
 }
-REFUSING = "{% for m in messages %}{{ raise_exception('no') if m.content == 'refuse' else m.content }}{% endfor %}"
 
 
 @pytest.mark.parametrize("line", MALFORMED.values(), ids=MALFORMED)

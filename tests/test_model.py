@@ -204,9 +204,11 @@ def test_varlen_segments_describe_the_same_attention(lengths):
         for n in responses:
             spans.append((at, n, begin, prompt))
             at += n
-    q, k, v = torch.randn(at, 4, 8), torch.randn(at, 2, 8), torch.randn(at, 2, 8)
+    q, k, v = (torch.randn(at, heads, 8, requires_grad=True) for heads in (4, 2, 2))
     grouped, varlen = data.to_device(data.grouped_segments(spans), "cpu"), data.to_device(data.varlen_segments(spans), "cpu")
-    for window in (0, 5):
+    square = [rows for rows, length_q, length_k in grouped["groups"] if length_q == length_k]
+    assert sum(square) == len(lengths) + sum(n > 768 for _, responses in lengths for n in responses)  # prompts, and long ones
+    for window in (0, 5, 10**6):
         pieces, cu_q, cu_k = [], varlen["cu_q"].tolist(), varlen["cu_k"].tolist()
         for (a, b), (c, d) in zip(zip(cu_q, cu_q[1:]), zip(cu_k, cu_k[1:])):
             if a == b:
@@ -218,7 +220,10 @@ def test_varlen_segments_describe_the_same_attention(lengths):
             scores = torch.einsum("qhe,khe->hqk", q[a:b], k[keys].repeat_interleave(2, 1)) / 8**0.5
             scores = scores.masked_fill((distance < 0) | (distance >= (window or 10**9)), -torch.inf)
             pieces.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1), v[keys].repeat_interleave(2, 1)))
-        close(model.packed_attention(q, k, v, {**grouped, "masks": {}}, window), torch.cat(pieces), 1e-5)
+        ours, plain = model.packed_attention(q, k, v, {**grouped, "masks": {}}, window), torch.cat(pieces)
+        close(ours, plain, 1e-5)
+        for a, b in zip(*(torch.autograd.grad((x * torch.cos(x.detach())).sum(), (q, k, v)) for x in (ours, plain))):
+            close(a, b, 1e-5)
         rounded = [x.bfloat16() for x in (q, k, v)]
         exact = model.packed_attention(*(x.float() for x in rounded), {**grouped, "masks": {}}, window)
         for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
@@ -243,8 +248,9 @@ class Alive(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family, kept", [("llama", 2), ("gpt2", 1)])
-def test_what_backward_waits_for(family, kept):
+def test_what_backward_waits_for(family, kept, monkeypatch):
     """Of a layer's MLP its matrix products, not what comes of them one by one; of a mask one for all layers."""
+    monkeypatch.setattr(model, "REMADE", 0)
     decoder, dataset = tiny(family), as_dataset(random_trees(np.random.default_rng(1), 3, 97))
     (batch,), _ = data.micro_batches(dataset, np.arange(3), layout(999))
     with Alive() as alive:
@@ -252,7 +258,21 @@ def test_what_backward_waits_for(family, kept):
     wide, masks = (len(batch["tokens"]), decoder.shape.intermediate_size), [tuple(mask.shape) for mask in batch["masks"].values()]
     assert alive.shapes().count(wide) == kept * decoder.shape.num_layers
     assert len(masks) == sum(shape in masks for shape in alive.shapes()) > 1
-    out.sum().backward()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_is_made_again_is_what_it_was(family, dtype, checkpointing, monkeypatch):
+    decoder, dataset, found = tiny(family), as_dataset(random_trees(np.random.default_rng(1), 3, 97)), []
+    decoder.model.checkpointing = checkpointing
+    (batch,), _ = data.micro_batches(dataset, np.arange(3), layout(999))
+    for elements in (0, 10**9):
+        monkeypatch.setattr(model, "REMADE", elements)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = decoder(batch, ["log_probs"])["log_probs"]
+        found.append([out, *torch.autograd.grad(out.sum(), [*decoder.parameters()])])
+    assert all(map(torch.equal, *found))
 
 
 def test_no_graph_is_made_after_the_first_step():

@@ -85,14 +85,11 @@ def test_chat_templates_of_models_render_as_in_transformers(trl, add_generation_
                                                   add_generation_prompt=add_generation_prompt)
         except (jinja2.TemplateError, TypeError):
             continue  # it takes no such conversation
-        try:
-            rendered = data.Tokenizer(ROOT / "tasks/arithmetic", str(file)).render(
-                data.messages_field({"messages": talk}, "messages"), add_generation_prompt, tools)
-        except ValueError as error:
-            assert "the chat template knows none" in str(error), (file.name, talk)
-            continue
-        assert rendered == expected, (file.name, talk)
-        equal += 1
+        tokenizer = data.Tokenizer(ROOT / "tasks/arithmetic", str(file))
+        if "tool_calls" in tokenizer.chat_template or not any("tool_calls" in m for m in talk):
+            talk = data.messages_field({"messages": talk}, "messages")
+            assert tokenizer.render(talk, add_generation_prompt, tools) == expected, (file.name, talk)
+            equal += 1
     assert equal > 3 * len(files) > 100
 
 
