@@ -642,9 +642,10 @@ def render(draft: Draft, tokenizer: Tokenizer, train_on: str, tools: list | None
 def check_said(m: dict, text: str):
     """An error unless the text, a trained turn, has all that its message says; spaces apart."""
     bare = lambda said: "".join((said or "").split())
+    whole = bare(text)
     for key, parts in (("content", [m["content"]]), ("reasoning_content", [m.get("reasoning_content")]),
                        ("tool_calls", [call["function"]["name"] for call in m.get("tool_calls", ())])):
-        if not all(bare(part) in bare(text) for part in parts):
+        if not all(bare(part) in whole for part in parts):
             raise ValueError(f"the chat template leaves out the {key} of a turn that is trained, it makes {text[:60]!r} of it; "
                              f"set chat_template to a file that does not")
 

@@ -23,7 +23,8 @@ USER, AI = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content
 MORE = [USER, AI, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
 CALL = {"role": "assistant", "content": None, "reasoning": "hm", "tool_calls": [{"id": "1", "function": {"name": "add", "arguments": '{"a": 2}'}}]}
 GOOD = {
-    "sft": [{"tools": '[{"name": "add"}]', "messages": [USER, CALL, {"role": "tool", "tool_call_id": "1", "content": "4"}, AI]}, {"prompt": "a b", "completion": " c d"}, {"messages": MORE}, {"text": "all of it"}, {"system": "Be short.", "messages": [USER, AI]},
+    "sft": [{"tools": '[{"name": "add"}]', "messages": [USER, CALL, {"role": "tool", "tool_call_id": "1", "content": "4"}, AI]},
+            {"prompt": "a b", "completion": " c d"}, {"messages": MORE}, {"text": "all of it"}, {"system": "Be short.", "messages": [USER, AI]},
             {"instruction": "Add", "input": "2 2", "output": "4"}, {"prompt": [USER], "completion": [AI]},
             {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
             {"system": "Be short.", "instruction": "2 + 2?", "context": "in the ring of 3", "history": [["a", "b"]], "response": "1"}],
