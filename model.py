@@ -150,6 +150,11 @@ def rope_frequencies(rope: dict, head_dim: int, device=None) -> Tensor:
     raise ValueError(f"rope_scaling type {kind!r} is not implemented; known: default, linear, llama3")
 
 
+for _function in (torch.cos, torch.sin, torch.exp, torch.expm1, torch.log, torch.log1p, torch.sqrt, torch.tanh):
+    for _dtype in (torch.float32, torch.float64):  # MKL's first call of each, made by several threads at once, may be off by
+        _function(torch.ones(1, dtype=_dtype))  # 1e-4 in one of them (pytorch/pytorch#188792): this one is made by one
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (T, H, E), cos and sin (T, 1, E/2): rotate pair (i, i + E/2)."""
     a, b = x.chunk(2, dim=-1)
