@@ -967,6 +967,11 @@ class Layout(NamedTuple):
     device: str
 
 
+def varlen(device: str, dtype: torch.dtype) -> bool:
+    """Whether the variable-length kernel computes in that dtype there."""
+    return device == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
 def micro_batches(dataset: Dataset, rows: np.ndarray, layout: Layout, rank: int = 0, world: int = 1):
     """The examples of a step, packed; this rank's share of the streams, and the counts over all of them.
 

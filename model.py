@@ -190,6 +190,8 @@ def _varlen(q, k, v, batch, window):
 def _grouped(q, k, v, batch, window):
     """Segments of similar lengths side by side in one padded SDPA call per group: any device, any dtype. In fp32 or wider: on a
     CPU, SDPA in bf16 takes twice as long."""
+    if q.is_cuda:  # whose kernels share keys among queries in 16 bits alone: in fp32, (Lq, Lk) scores of every head would be made
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     dtype, groups, out = q.dtype, batch["groups"], []  # parts are split off: of slices, each would have a gradient of the whole
     q = wide(q).index_select(0, batch["group_q"]).split([rows * length for rows, length, _ in groups])
     k, v = (wide(x).index_select(0, batch["group_k"]).split([rows * length for rows, _, length in groups]) for x in (k, v))
@@ -646,6 +648,15 @@ def load_model(cfg, machine, name: str, tokenizer, outputs: list[str]) -> tuple[
     if machine.compiled:
         decoder.compile_blocks()
     return decoder, saved
+
+
+def without_masters(decoder: Decoder, dtype: torch.dtype) -> Decoder:
+    """A frozen model whose blocks have their matrices in a 16-bit dtype of compute: what autocast would make of them in every
+    pass, in half of the memory. Of a wider dtype, as it was."""
+    for module in decoder.model.layers.modules() if dtype in (torch.bfloat16, torch.float16) else ():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
+    return decoder
 
 
 def check_lengths(decoder: Decoder, dataset, answer: int = 0):

@@ -23,7 +23,8 @@ import report
 
 
 def frozen(run, name: str, outputs: list[str]) -> model.Decoder:
-    return model.load_model(run.cfg, run.machine, name, run.tokenizer, outputs)[0].requires_grad_(False)
+    decoder = model.load_model(run.cfg, run.machine, name, run.tokenizer, outputs)[0].requires_grad_(False)
+    return model.without_masters(decoder, run.machine.dtype)
 
 
 def frozen_reference(run) -> model.Decoder:

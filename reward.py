@@ -51,7 +51,7 @@ def together(machine, ask: Callable, bad_rewards: str) -> list[Said]:
     for failed in [said for said in ranks if isinstance(said, ValueError)]:
         raise failed
     for wrong in [x for said in ranks for some in said for x in some if isinstance(x, str) and bad_rewards == "error"]:
-        raise ValueError(f"{wrong}; bad_rewards = 'skip' leaves such prompts out")
+        raise ValueError(wrong)
     return ranks
 
 
@@ -64,22 +64,25 @@ def add(parts: list[tuple]) -> float | str:
 # Functions
 
 
-def by_function(function: Callable, workers: int = 0, timeout: float = 60.0) -> Callable:
+def by_function(function: Callable, workers: int = 0, timeout: float = 60.0, what: str = "reward",
+                mend: str = "; bad_rewards = 'skip' leaves such prompts out") -> Callable:
     """function(prompt, completion, row) -> number; or, where its first parameter is called `prompts`, lists of them -> a list.
-    workers: processes that call it; there, an answer that takes longer than timeout seconds counts as failed."""
+    workers: processes that call it; there, an answer that takes longer than timeout seconds counts as failed. what, mend: the
+    function's part, and the way out, for the sentence about an answer without a number."""
     batched = next(iter(inspect.signature(function).parameters), "") == "prompts"
     name = getattr(function, "__name__", str(function))
     if batched and workers:
-        raise ValueError(f"reward {name} takes lists of answers; reward_workers are for a function of one")
+        raise ValueError(f"{what} {name} takes lists of answers; reward_workers are for a function of one")
     calls = in_batch(function) if batched else Workers(function, workers, timeout) if workers else one_by_one(function)
 
     def give(examples, texts):
         results = calls([(e.row["prompt"], text, e.row) for e, mine in zip(examples, texts) for text in mine])
-        return [[number(next(results), f"{e.where}: reward {name}", text) for text in mine] for e, mine in zip(examples, texts)]
+        return [[number(next(results), f"{e.where}: {what} {name}", text, mend) for text in mine]
+                for e, mine in zip(examples, texts)]
     return give
 
 
-def number(result, where: str, text: str) -> float | str:
+def number(result, where: str, text: str, mend: str) -> float | str:
     """A finite number, or a sentence about what is there in its place."""
     failed = isinstance(result, Exception)
     said = f"{type(result).__name__}: {result}" if failed else f"returned {result!r:.80}, expected a number"
@@ -88,7 +91,7 @@ def number(result, where: str, text: str) -> float | str:
         value = math.nan if failed or isinstance(result, str) else float(result)
     except (TypeError, ValueError):
         value = math.nan
-    return value if math.isfinite(value) else f"{where}: {said}; for the completion {text[:80]!r}"
+    return value if math.isfinite(value) else f"{where}: {said}; for the completion {text[:80]!r}{mend}"
 
 
 def one_by_one(function: Callable) -> Callable:
@@ -236,6 +239,7 @@ def by_model(scorer: Scorer, tokenizer: data.Tokenizer) -> Callable:
         raise ValueError(f"reward {scorer.name} is a language model; expected a reward model or a process reward model")
     if scorer.stream == "reward":
         tokenizer.same_ids(scorer.tokenizer)
+    model.without_masters(scorer.decoder, scorer.machine.dtype)
 
     def give(examples, texts):
         """Each answer once, however often it was given: the same one has the same reward to the last bit."""

@@ -194,11 +194,10 @@ def prefill(decoder, cache: list[Tensor], prompts: list[list[int]], slots: Tenso
         lengths = np.array([len(prompts[i]) for i in members])
         begins = np.cumsum(lengths) - lengths
         spans = [(int(begin), int(length), int(begin), 0) for begin, length in zip(begins, lengths)]
-        varlen = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
         batch = data.to_device({
             "tokens": np.concatenate([prompts[i] for i in members]).astype(np.int64), "row": np.repeat(members, lengths),
             "positions": np.concatenate([np.arange(length) for length in lengths]), "last": begins + lengths - 1,
-            **(data.varlen_segments if varlen else data.grouped_segments)(spans)}, device.type)
+            **(data.varlen_segments if data.varlen(device.type, dtype) else data.grouped_segments)(spans)}, device.type)
         rows = slots[batch["row"]]
 
         def attend(layer, q, k, v):

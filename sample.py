@@ -271,7 +271,8 @@ def main(arguments: list[str]):
         if options.what in PROMPTED and not (options.data or options.prompt):
             raise ValueError(f"{options.what} needs --data, a file of prompts, or --prompt")
         options.n = options.n or {"best": 8}.get(options.what, 1)
-        said = COMMANDS[options.what](options, config.load(["--truncation=error", *rest])) or []
+        usual = {"truncation": "error", "compile": "auto" if options.data else False}  # for one answer it would not pay
+        said = COMMANDS[options.what](options, config.load(rest, ("sample.py", usual))) or []
     except ValueError as error:
         sys.exit(f"error: {error}")
     beside_each_other = options.what == "compare" and not options.out and sys.stdout.isatty()

@@ -56,8 +56,7 @@ class Machine(NamedTuple):
 
     def layout(self, tokens: int) -> data.Layout:
         """How streams of that many tokens are laid out here."""
-        varlen = self.device == "cuda" and self.dtype in (torch.bfloat16, torch.float16)
-        return data.Layout(tokens, varlen, self.compiled, self.device)
+        return data.Layout(tokens, data.varlen(self.device, self.dtype), self.compiled, self.device)
 
     def sum(self, tensor):
         if self.world > 1:
@@ -541,14 +540,16 @@ def judge(run: Run, rewards: Callable | None) -> dict[str, float]:
     with machine.autocast():
         answers = rollout.answers_to([e.prompt.tolist() for e in mine], run.decoder, run.tokenizer, cfg,
                                      show="answers" if machine.rank == 0 else "")
-    texts = [rollout.written(run.tokenizer, answer) for (answer,) in answers]
+    texts = [[rollout.written(run.tokenizer, answer)] for (answer,) in answers]
+    trees, judges = [rollout.answered(e, some) for e, some in zip(mine, answers)], {}
     if cfg.check:
-        found["exact_match"] = [cfg.check(e.row["prompt"], text, e.row) for e, text in zip(mine, texts)]
+        judges["exact_match"] = reward.by_function(cfg.check, what="check", mend=""), "error"
     if rewards:
-        trees = [rollout.answered(e, some) for e, some in zip(mine, answers)]
-        said = reward.together(machine, lambda: rewards(trees, [[text] for text in texts]), cfg.bad_rewards)[machine.rank]
-        found["reward"] = [value for (value,) in said if not isinstance(value, str)]
-    counts = torch.tensor([[sum(map(float, x)), len(x)] for x in found.values()], dtype=torch.float64, device=machine.device)
+        judges["reward"] = rewards, cfg.bad_rewards
+    for name, (give, bad) in judges.items():
+        said = reward.together(machine, functools.partial(give, trees, texts), bad)[machine.rank]
+        found[name] = [value for (value,) in said if not isinstance(value, str)]
+    counts = torch.tensor([[sum(x), len(x)] for x in found.values()], dtype=torch.float64, device=machine.device)
     return {name: total / max(count, 1) for name, (total, count) in zip(found, machine.sum(counts).tolist())}
 
 
@@ -616,6 +617,18 @@ def peak_memory_gb(machine: Machine) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def leave(error: BaseException):
+    """End this rank now. NCCL's own end would wait for the other ranks, and they wait for this one."""
+    code = error.code if isinstance(error, SystemExit) else None
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    elif isinstance(code, str):
+        print(code, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
 def main(arguments: list[str]):
     if "--help" in arguments or "-h" in arguments:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it
@@ -639,6 +652,8 @@ def main(arguments: list[str]):
         sys.exit(f"error: the disk is full ({error}); checkpoints that were whole are whole: make room, and go on with --resume")
     finally:
         if dist.is_initialized():
+            if (error := sys.exception()) and dist.get_backend() == "nccl":
+                leave(error)
             gc.collect()  # DDP's wrapper, before its process group
             dist.destroy_process_group()
 

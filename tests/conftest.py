@@ -1,4 +1,5 @@
 """What the tests share: the repo on the path, real models where they are, tiny ones made here."""
+import gc
 import os
 import sys
 from pathlib import Path
@@ -59,6 +60,14 @@ def as_dataset(examples: list) -> data.Dataset:
 
 def layout(tokens: int, static: bool = False) -> data.Layout:
     return data.Layout(tokens, False, static, "cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def old_objects():
+    """What earlier modules left, graphs of inductor above all, is not searched again for garbage in every run of this one."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

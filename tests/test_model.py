@@ -275,6 +275,20 @@ def test_what_is_made_again_is_what_it_was(family, dtype, checkpointing, monkeyp
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.parametrize("family", TINY)
+def test_a_frozen_model_needs_no_masters(family):
+    """Its blocks' matrices in bf16: the bits that autocast makes of fp32 ones; in wider compute it stays as it is."""
+    decoder, dataset = tiny(family), as_dataset(random_trees(np.random.default_rng(1), 3, 97))
+    (batch,), _ = data.micro_batches(dataset, np.arange(3), layout(999))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = decoder(batch, ["log_probs", "entropy"])
+        model.without_masters(decoder, torch.float32)
+        assert {p.dtype for p in decoder.parameters()} == {torch.float32}
+        after = model.without_masters(decoder, torch.bfloat16)(batch, ["log_probs", "entropy"])
+    assert all(map(torch.equal, before.values(), after.values()))
+    assert all((p.dtype == torch.bfloat16) == ("_proj." in name) for name, p in decoder.named_parameters())
+
+
 def test_no_graph_is_made_after_the_first_step():
     """Streams share their graphs, whatever their lengths and however many tokens they score."""
     counters = torch._dynamo.utils.counters["stats"]

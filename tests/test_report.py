@@ -11,6 +11,7 @@ import preview
 import report
 import train
 from conftest import ROOT
+from launch import run
 from test_train import ROWS, lines, options
 
 CHECK = "def check(prompt, completion, row):\n    return True\n"
@@ -40,6 +41,18 @@ def test_the_summary_says_what_was_learned(tmp_path, monkeypatch, capsys):
     assert f"score --model={tmp_path / 'bare'} --data={ROWS['preference']}" in bare
     rolled = told(capsys, *options(tmp_path, "reinforce", "rolled", advantages="reinforce", eval_prompts=ROWS["prompts"]))
     assert rolled.count("  reward ") == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_check_that_fails_loses_nothing(ranks, tmp_path):
+    """After the last step, for a prompt of one rank: an error that names its row on every rank, and all steps are saved."""
+    row = json.loads(open(ROWS["prompts"]).readlines()[3])
+    (tmp_path / "check.py").write_text(f"from pathlib import Path\n\ndef check(prompt, completion, row):\n"
+                                       f"    return 1 / (prompt != {row['prompt']!r} or not Path({str(tmp_path / 'run/checkpoint-1')!r}).exists())\n")
+    failed = run(options(tmp_path, "dpo", config=tmp_path / "check.py", eval_prompts=ROWS["prompts"], max_new_tokens=2, max_steps=2, save_every=1, samples=0),
+                 ranks, check=False)
+    assert failed.returncode != 0 and f"error: {ROWS['prompts']}:4: check check: ZeroDivisionError: division by zero; for the completion" in failed.stderr
+    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_a_tracker_gets_every_line(tmp_path, monkeypatch, capsys):

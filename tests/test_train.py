@@ -114,6 +114,14 @@ def test_micro_batches_and_ranks_do_not_matter(name, batch_size, tmp_path, monke
     assert after[shown] != before[shown]  # it did train
 
 
+@pytest.mark.parametrize("error, code, said", [("SystemExit('error: no')", 1, "error: no\n"), ("SystemExit(143)", 143, ""),
+                                               ("KeyError('x')", 1, "KeyError: 'x'\n")])
+def test_a_rank_leaves_with_its_error(error, code, said):
+    """What NCCL's ranks do, which nothing here can wait for: the code and the words of a plain end, and output is not lost."""
+    left = subprocess.run([sys.executable, "-c", f"import train\nprint('out')\ntrain.leave({error})\nprint('not here')"], cwd=ROOT, capture_output=True, text=True)
+    assert (left.returncode, left.stdout) == (code, "out\n") and left.stderr.endswith(said) and bool(left.stderr) == bool(said)
+
+
 def test_torchrun(tmp_path):
     """Ranks that torchrun has started end as they should, after the same run."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *options(tmp_path, "dpo", "torchrun")]
