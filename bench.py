@@ -37,6 +37,7 @@ import model
 import optimizers
 import reference
 import rollout
+import train
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The clock
@@ -434,7 +435,8 @@ def bench_dpo(o):
         dataset = make(count)
         single = data.as_dataset([data.with_responses(e, [r])._replace(chosen=[], rejected=[], margin=[])
                                   for e in dataset.examples for r in e.responses], Counter())
-        layouts = {id(d): data.Layout(int(d.lengths.sum()), False, False, o.device) for d in (dataset, single)}
+        varlen = data.varlen(o.device, getattr(torch, o.dtype))
+        layouts = {id(d): data.Layout(int(d.lengths.sum()), varlen, False, o.device) for d in (dataset, single)}
         usual = lambda m: padded_logps(m, dataset.examples)
         ways = {"padded, as usual": (usual, None)}
         ways["+ packing"] = (lambda m: packed_logps(m, single, layouts[id(single)], "all"), None)
@@ -517,7 +519,7 @@ WORK = {"dpo": Work("dpo", "DPO", "float32", {}, as_pair, as_pair),
 
 
 class Cost(NamedTuple):
-    steps: float  # seconds of all steps
+    steps: float  # seconds of all steps, as `settled` has them
     reference: float  # seconds of the pass before them
     memory: float  # GB, the process's peak
 
@@ -528,16 +530,16 @@ def in_trl(name: str, folder: str, pairs: list, batch: int, device: str, options
     import datasets
     import transformers
     import trl
-    spent = {"steps": 0.0, "reference": 0.0}
+    spent, steps = {"reference": 0.0}, []
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):
             sync(device)
-            spent["steps"] -= time.perf_counter()
+            steps.append(-time.perf_counter())
 
         def on_step_end(self, *_, **__):
             sync(device)
-            spent["steps"] += time.perf_counter()
+            steps[-1] += time.perf_counter()
     precompute = trl.DPOTrainer._precompute_ref_logps
     trl.DPOTrainer._precompute_ref_logps = timed(precompute, spent, device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -557,11 +559,10 @@ def in_trl(name: str, folder: str, pairs: list, batch: int, device: str, options
         trainer = functools.partial(trainer, reward_funcs=lambda completions, **_: [*map(letters, completions)])
     trainer(model=policy, args=config_of(**{**given, **work.theirs, **json.loads(options)}), callbacks=[Clock()],
             train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer).train()
-    return Cost(spent["steps"], spent["reference"], highest(device))
+    return Cost(settled(steps, device), spent["reference"], highest(device))
 
 
 def in_ours(name: str, folder: str, pairs: list, batch: int, device: str, options: str) -> Cost:
-    import train
     work = WORK[name]
     spent, out = {"reference": 0.0}, Path(tempfile.mkdtemp())
     if "reward" not in work.here:  # a rollout's seconds are of its steps
@@ -572,21 +573,29 @@ def in_ours(name: str, folder: str, pairs: list, batch: int, device: str, option
                  lr=1e-6, schedule="constant", max_length=512, device=device, dtype=work.dtype, out_dir=str(out / "run"),
                  cache_dir=str(out / "cache"))
     train.train(config.load(options.split(), ("bench.py", {**given, **work.here})))
-    steps = sum(line["seconds"] + line.get("rollout/seconds", 0) for line in metrics_of(out / "run"))
-    return Cost(steps, spent["reference"], highest(device))
+    steps = [line["seconds"] + line.get("rollout/seconds", 0) for line in metrics_of(out / "run")]
+    return Cost(settled(steps, device), spent["reference"], max(highest(device), spent.get("memory", 0)))
 
 
 def metrics_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def settled(steps: list[float], device: str) -> float:
+    """Seconds of all steps; on CUDA, where the first ones compile and tune, of the second half of them, for all."""
+    counted = steps[len(steps) // 2:] if device == "cuda" else steps
+    return sum(counted) * len(steps) / len(counted)
+
+
 def timed(function: Callable, spent: dict, device: str) -> Callable:
-    """The same function, whose seconds are added to spent["reference"]."""
+    """The same function, whose seconds are added to spent["reference"], and the memory up to its end noted: a run's steps count
+    theirs from zero."""
     def clocked(*given, **named):
         begin = time.perf_counter()
         made = function(*given, **named)
         sync(device)
         spent["reference"] += time.perf_counter() - begin
+        spent["memory"] = max(spent.get("memory", 0), highest(device))
         return made
     return clocked
 
@@ -609,7 +618,7 @@ def silent(folder: str):
 
 
 def bench_trl(o):
-    """Seconds of a pair and the process's peak, one epoch of --pairs pairs in steps of 8."""
+    """Seconds of a pair and the process's peak, one epoch of --pairs pairs in steps of 8 (on CUDA 256 or more: `settled`)."""
     if not (o.model and o.data):
         raise SystemExit("trl needs --model, a model folder, and --data, preference rows")
     path, batch = model.find_folder(o.model), 8
@@ -649,7 +658,7 @@ SCALED = {"length": (256, 512, 1024, 2048, 4096), "pairs": (2, 4, 8, 16, 32),
           "vocabulary": (8192, 16_384, 32_768, 65_536, 131_072), "layers": (2, 4, 8, 16)}
 
 
-def step_of(length: int, pairs: int, vocabulary: int, layers: int, device: str) -> Callable:
+def step_of(length: int, pairs: int, vocabulary: int, layers: int, device: str, dtype: str) -> Callable:
     """Forward and backward of a DPO step with a new Llama of width 256; half of the tokens are prompts."""
     shape = dict(model_type="llama", vocab_size=vocabulary, hidden_size=256, intermediate_size=768, num_hidden_layers=layers,
                  num_attention_heads=4, max_position_embeddings=length)
@@ -659,11 +668,12 @@ def step_of(length: int, pairs: int, vocabulary: int, layers: int, device: str) 
     mask = np.ones(length // 2, bool)
     dataset = data.as_dataset([data.Example(ids(), [ids(), ids()], [mask, mask], [True, False], [0], [1], [0.0], "made up")
                                for _ in range(pairs)], Counter())
-    layout = data.Layout(max(4096, 3 * length // 2), False, False, device)
+    machine = train.Machine(0, 1, device, getattr(torch, dtype), False)
 
     def step():
-        for batch in data.micro_batches(dataset, np.arange(pairs), layout)[0]:
-            chosen, rejected = losses.sums(batch, decoder(batch, ["log_probs"])["log_probs"]).view(-1, 2).t()
+        for batch in data.micro_batches(dataset, np.arange(pairs), machine.layout(max(4096, 3 * length // 2)))[0]:
+            with machine.autocast():
+                chosen, rejected = losses.sums(batch, decoder(batch, ["log_probs"])["log_probs"]).view(-1, 2).t()
             losses.dpo(chosen, rejected, torch.zeros_like(chosen), torch.zeros_like(chosen))[0].sum().backward()
         decoder.zero_grad()
     return step
@@ -675,7 +685,7 @@ def bench_scaling(o):
           f"values, and of the last doubling.\n")
     print("| what grows | values | seconds | exponent | last | peak, MB | exponent |\n|---|---|---|---|---|---|---|")
     for what, values in SCALED.items():
-        found = measure({value: step_of(**{**USUAL, what: value}, device=o.device) for value in values}, o.device, o.rounds)
+        found = measure({value: step_of(**{**USUAL, what: value}, device=o.device, dtype=o.dtype) for value in values}, o.device, o.rounds)
         seconds, memory = zip(*found.values())
         fit = lambda y, last=0: np.polyfit(np.log(values[-last:]), np.log(y[-last:]), 1)[0]
         row = [what, ", ".join(f"{v:,}" for v in values), ", ".join(f"{s:.2f}" for s in seconds), f"{fit(seconds):.2f}",
@@ -687,6 +697,8 @@ def bench_ranks(o):
     """The same DPO steps by one rank with all cores and by two with half of them each, in turn."""
     if not (o.model and o.data):
         raise SystemExit("ranks needs --model, a model folder, and --data, preference rows")
+    if o.device == "cuda" and torch.cuda.device_count() < 2:
+        raise SystemExit("ranks needs two GPUs, or --device=cpu")
     cores, found = torch.get_num_threads(), {1: [], 2: []}
     for _ in range(o.rounds):
         for ranks, seconds in found.items():
@@ -729,7 +741,6 @@ class RoundedAdamW(torch.optim.AdamW):
 
 def in_precision(how: str, seed: int, steps: int) -> tuple[list, float]:
     """(step, loss, exact match) of the evals, and the median seconds of a step."""
-    import train
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     out, load = Path(tempfile.mkdtemp()), model.load_model
@@ -831,7 +842,8 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=int, default=0, help="dpo: of a step (8); trl: of an epoch (16)")
     parser.add_argument("--options", default="", help="trl, ranks: of the runs here, e.g. '--micro_batch_tokens=1024'")
     parser.add_argument("--theirs", default="{}", help="trl: changes to its config, e.g. '{\"use_liger_kernel\": true}'")
-    parser.add_argument("--dtype", default="float32", help="dpo: of weights and compute")
+    parser.add_argument("--dtype", default="", help="dpo: of weights and compute, scaling: of compute; default: a run's there")
     parser.add_argument("--peak", type=float, default=0, help="dpo: the device's TFLOP/s; default: those of a matmul")
     options = parser.parse_args()
+    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     BENCHES[options.what](options)
