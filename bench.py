@@ -685,7 +685,8 @@ def bench_scaling(o):
           f"values, and of the last doubling.\n")
     print("| what grows | values | seconds | exponent | last | peak, MB | exponent |\n|---|---|---|---|---|---|---|")
     for what, values in SCALED.items():
-        found = measure({value: step_of(**{**USUAL, what: value}, device=o.device, dtype=o.dtype) for value in values}, o.device, o.rounds)
+        steps = {value: step_of(**{**USUAL, what: value}, device=o.device, dtype=o.dtype) for value in values}
+        found = measure(steps, o.device, o.rounds)
         seconds, memory = zip(*found.values())
         fit = lambda y, last=0: np.polyfit(np.log(values[-last:]), np.log(y[-last:]), 1)[0]
         row = [what, ", ".join(f"{v:,}" for v in values), ", ".join(f"{s:.2f}" for s in seconds), f"{fit(seconds):.2f}",

@@ -52,6 +52,8 @@ def publish(folder: Path, write: Callable):
     part.mkdir()
     try:
         write(part)
+        for path in part.iterdir():
+            path.chmod(part.stat().st_mode & 0o666)  # safetensors writes files that nobody else may read
         for path in [*part.iterdir(), part]:
             fsync(path)
     except Exception:

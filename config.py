@@ -43,7 +43,7 @@ class Config:
     train_data: str | list = ""  # files or globs: .jsonl, .json, .gz of either
     eval_data: str | list = ""  # rows of the same kind; empty: no eval lines
     eval_prompts: str | list = ""  # {prompt, ...} rows that eval answers greedily, for check and reward
-    check: Callable = None  # (prompt, completion, row) -> is it right; eval reports the mean as exact_match
+    check: Callable = None  # (prompt (text or messages), completion, row) -> is it right; eval reports the mean as exact_match
     max_new_tokens: int = 256  # longest answer that eval and rollouts generate
     max_length: int = 1024  # tokens of a prompt with its longest response
     max_prompt_length: int = 0  # tokens of a prompt; 0: what its longest response leaves, at least half of max_length
@@ -77,7 +77,7 @@ class Config:
     cache_dir: str = "~/.cache/nanoalign"  # reference log-probs, and tokenized rows while a run lasts
 
     # Rollouts, for losses on prompts
-    reward: Callable | str | dict = None  # (prompt, completion, row) -> number; model folder or config; {either: weight}
+    reward: Callable | str | dict = None  # (prompt (text or messages), completion, row) -> number; a model; {either: weight}
     reward_workers: int = 0  # processes that call the function; 0: it is called in the run's own
     reward_timeout: float = 60.0  # seconds that a worker may take for an answer
     bad_rewards: str = "error"  # a reward that raises, hangs or is no number: error (save and stop), skip (the prompt, and count)

@@ -484,7 +484,8 @@ class Tokenizer:
     def __init__(self, folder: Path, chat_template: str = ""):
         self.folder = Path(folder)
         if not (self.folder / "tokenizer.json").is_file():
-            raise ValueError(f"{folder}: no tokenizer.json there")
+            raise ValueError(f"{folder}: no tokenizer.json there; put the model's own beside its weights, or name a "
+                             f"folder with one for the run: --tokenizer=FOLDER")
         self.fast = FastTokenizer.from_file(str(self.folder / "tokenizer.json"))
         self.fast.no_padding()
         self.fast.no_truncation()
@@ -850,7 +851,8 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
                 continue
             wrong_type = not isinstance(error, (ValueError, RecursionError))
             said = f"{type(error).__name__}: {error}; is a field missing, or of another type?" if wrong_type else error
-            raise ValueError(f"{where}: {said}") from None
+            said = f"not JSON: {error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else said
+            raise ValueError(f"{where}: {said}; bad_rows = 'skip' leaves such rows out") from None
         if not draft.responses:
             rows[where] = {**row, "prompt": draft.prompt}
         if len(drafts) == 1024:

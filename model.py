@@ -629,8 +629,8 @@ def load_model(cfg, machine, name: str, tokenizer, outputs: list[str]) -> tuple[
     and reference agree to the last bit. cfg, machine, tokenizer: config.py's, train.py's and data.py's."""
     heads = modules(outputs, bool(cfg.reward_tokens))
     if name == "scratch":
-        if not cfg.scratch or not cfg.tokenizer:
-            raise ValueError("init_from = 'scratch' needs scratch = {model_type, hidden_size, ...} and tokenizer = a folder")
+        if not cfg.scratch:
+            raise ValueError("init_from = 'scratch' needs scratch = {model_type, hidden_size, ...}, as in config.json")
         tokens = {"vocab_size": tokenizer.fast.get_vocab_size(), "eos_token_id": tokenizer.eos, "bos_token_id": tokenizer.bos}
         decoder, saved = scratch({**tokens, **cfg.scratch}, cfg.seed, heads), torch.float32
     else:

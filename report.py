@@ -71,10 +71,11 @@ TRACKERS = {"wandb": by_wandb, "tensorboard": by_tensorboard}
 # The end
 
 
-def first_eval(out: Path) -> dict:
-    """The eval line of step 0, for a run that goes on."""
+def first(out: Path, split: str) -> dict:
+    """The first train line, or the eval line of step 0, for a run that goes on."""
     lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").is_file() else []
-    return next((line for line in map(json.loads, lines[:1]) if line["split"] == "eval" and line["step"] == 0), {})
+    found = next((line for line in map(json.loads, lines) if line["split"] == split), {})
+    return found if split == "train" or not found.get("step") else {}
 
 
 def summary(out: Path, what: str, first: dict, last: dict, shown: tuple, before: list[tuple], after: list[tuple], use: str) -> str:

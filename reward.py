@@ -224,11 +224,12 @@ SAY = {"ForSequenceClassification": ("reward", lambda batch, reward: reward.toli
 
 
 def in_steps(e: data.Example, texts: list[str], scorer: Scorer) -> data.Example:
-    """A prompt with answers whose lines are steps."""
-    if not isinstance(e.row["prompt"], str):
-        raise ValueError(f"{e.where}: a process reward model ranks answers to text prompts")
+    """A prompt with answers whose lines are steps. Of messages, what user and assistant said, a line each."""
+    prompt = e.row["prompt"]
+    if not isinstance(prompt, str):
+        prompt = "".join((m["content"] or "") + "\n" for m in prompt if m["role"] != "system")
     steps = [[data.Step(line, 0.0) for line in text.split("\n") if line] or [data.Step(" ", 0.0)] for text in texts]
-    draft = data.Draft(e.row["prompt"], steps, [False] * len(steps))
+    draft = data.Draft(prompt, steps, [False] * len(steps))
     rendered = data.render(draft, scorer.tokenizer, "all")
     return data.tokenize([(e.where, draft, *rendered)], scorer.tokenizer, "joint", Counter(), scorer.cfg.step_token)[0]
 

@@ -64,10 +64,11 @@ def ids_of(prompt: str | list, tokenizer: data.Tokenizer) -> list[int]:
 
 
 def asked(options, policy: reward.Scorer, cfg) -> list[data.Example]:
-    """The prompts of --data, or that of --prompt (the user's message, where there is a chat template)."""
+    """The prompts of --data, or that of --prompt (the user's message, behind --system, where there is a chat template)."""
     if not options.prompt:
         return data.load(options.data, "prompts", policy.tokenizer, cfg).examples[:]
-    prompt = [{"role": "user", "content": options.prompt}] if policy.tokenizer.chat_template else options.prompt
+    prompt = data.with_system({"system": options.system}, options.prompt, bool(policy.tokenizer.chat_template))
+    prompt = data.as_messages("user", prompt) if policy.tokenizer.chat_template else prompt
     ids = np.array(ids_of(prompt, policy.tokenizer), np.int32)
     return [data.Example(ids, [], [], [], [], [], [], "--prompt", row={"prompt": prompt})]
 
@@ -169,9 +170,10 @@ def report_steps(found: list[list], dataset: data.Dataset):
 
 def judged(options, policy: reward.Scorer, scorer, check, cfg) -> list[dict]:
     """Of each prompt its answers, their rewards (where there is a scorer), and whether they are right (where there is a check)."""
+    judge = reward.by_model(scorer, policy.tokenizer) if scorer else None  # an error now, not behind the answers
     trees, texts = answered(options, policy, cfg)
     said = [{"prompt": e.row["prompt"], "answers": mine} for e, mine in zip(trees, texts)]
-    for line, rewards in zip(said, reward.by_model(scorer, policy.tokenizer)(trees, texts) if scorer else ()):
+    for line, rewards in zip(said, judge(trees, texts) if judge else ()):
         line["rewards"] = rewards
     for line, e in zip(said, trees if check else ()):
         line["right"] = [bool(check(line["prompt"], text, e.row)) for text in line["answers"]]
@@ -246,6 +248,9 @@ def merge(options, cfg):
 COMMANDS = {"generate": generate, "chat": chat, "score": score, "best": best, "compare": compare, "merge": merge}
 NEEDS = {"score": ("data",), "best": ("reward",), "compare": ("other",), "merge": ("out",)}
 PROMPTED = ("generate", "best", "compare")
+TAKES = {"generate": ("data", "prompt", "system", "n", "out"), "chat": ("system",), "score": ("data", "kind", "normalize", "out"),
+         "best": ("data", "prompt", "system", "n", "reward", "check", "out"), "merge": ("other", "weight", "out"),
+         "compare": ("data", "prompt", "system", "other", "reward", "check", "out")}  # besides --model
 
 
 def main(arguments: list[str]):
@@ -256,7 +261,7 @@ def main(arguments: list[str]):
     parser.add_argument("--prompt", default="", help="one prompt, in the place of a file")
     parser.add_argument("--out", default="", help="file to write (merge: folder); default: standard output")
     parser.add_argument("--n", type=int, default=0, help="generate, best: answers to a prompt (1, 8)")
-    parser.add_argument("--system", default="", help="chat: the system's message")
+    parser.add_argument("--system", default="", help="chat, --prompt: the system's message")
     parser.add_argument("--kind", default="", choices=("", *data.FORMATS), help="score: kind of rows; default: by their keys")
     parser.add_argument("--normalize", action="store_true", help="score: rewards by the eval rows' mean and deviation")
     parser.add_argument("--reward", default="", help="best, compare: folder of the reward model")
@@ -268,8 +273,13 @@ def main(arguments: list[str]):
         for key in NEEDS.get(options.what, ()):
             if not getattr(options, key):
                 raise ValueError(f"{options.what} needs --{key}")
-        if options.what in PROMPTED and not (options.data or options.prompt):
-            raise ValueError(f"{options.what} needs --data, a file of prompts, or --prompt")
+        for key in [key for key, value in vars(options).items() if value != parser.get_default(key)]:
+            if key not in ("what", "model", *TAKES[options.what]):
+                raise ValueError(f"--{key} does nothing in {options.what}; leave it out")
+        if options.what in PROMPTED and bool(options.data) == bool(options.prompt):
+            raise ValueError(f"{options.what} needs --data, a file of prompts, or --prompt, and not both")
+        if options.system and options.data:
+            raise ValueError("--system goes with --prompt; rows of --data have theirs in a column of that name")
         options.n = options.n or {"best": 8}.get(options.what, 1)
         usual = {"truncation": "error", "compile": "auto" if options.data else False}  # for one answer it would not pay
         said = COMMANDS[options.what](options, config.load(rest, ("sample.py", usual))) or []

@@ -254,14 +254,14 @@ def train(cfg):
         out.mkdir(parents=True, exist_ok=True)
         record = report.recorder(out, cfg.track, config.as_json(cfg))
         checkpoint.write_json(out / "run.json", {**described, "finished": False})
-    first = report.first_eval(out) if done else unless_lost(0, evaluated)
+    first = report.first(out, "eval") if done else unless_lost(0, evaluated)
     before = [] if done else samples(run)
     last, show = first, next((t.objective.show for t in terms if t.objective.show), None)
     bar = report.bar(what=out.name[:8], show=machine.rank == 0, total=steps, initial=done, leave=True, delay=0)
     if machine.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     since, since_line, tokens = 0, time.perf_counter(), 0  # of the steps since the last line
-    told, began = [], None  # signals to stop; the first line
+    told, began = [], report.first(out, "train") if done else {}  # signals to stop; the first line
     for step in noting_signals(range(done + 1, steps + 1), told):  # its number is that of the steps done when it ends
         pause = time.perf_counter()
         dataset, rows = unless_lost(step - 1, supply.rows)
@@ -340,6 +340,8 @@ def prepared(cfg, machine: Machine, say: Callable, supply_of) -> tuple[Run, Call
         torch.compiler.reset()  # a stage before this one had shapes of its own
     machine.barrier()
 
+    if start_from == "scratch" and not cfg.tokenizer:
+        raise ValueError("init_from = 'scratch' needs tokenizer, a folder with tokenizer.json")
     tokenizer = data.Tokenizer(Path(cfg.tokenizer) if cfg.tokenizer else model.find_folder(start_from), cfg.chat_template)
     outputs = sorted(streams & model.HEADS.keys())  # of the model; what else losses read are columns
     apart = {"values"} if cfg.critic else set()  # what another model beside the policy says

@@ -35,8 +35,10 @@ def test_the_summary_says_what_was_learned(tmp_path, monkeypatch, capsys):
     told(capsys, *options(tmp_path, "dpo", "parts", **{**given, "max_steps": 2}))
     resumed = told(capsys, *options(tmp_path, "dpo", "parts", **given), "--resume")
     assert f"loss {first['loss']:.4g} -> {last['loss']:.4g}" in " ".join(resumed.split()) and "  before  " not in resumed and resumed.count("  answer  ") == 2
-    bare = told(capsys, *options(tmp_path, "rm", "bare"))
+    told(capsys, *options(tmp_path, "rm", "bare", save_every=2, max_steps=2))
+    bare = told(capsys, *options(tmp_path, "rm", "bare", save_every=2), "--resume")
     train_lines = lines(tmp_path / "bare")
+    assert len(train_lines) == 4
     assert f"{tmp_path / 'bare'}: first step -> last step" in bare and f"loss {train_lines[0]['loss']:.4g} -> {train_lines[-1]['loss']:.4g}" in " ".join(bare.split())
     assert f"score --model={tmp_path / 'bare'} --data={ROWS['preference']}" in bare
     rolled = told(capsys, *options(tmp_path, "reinforce", "rolled", advantages="reinforce", eval_prompts=ROWS["prompts"]))

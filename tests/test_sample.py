@@ -1,6 +1,8 @@
 """Reward models and what is done with them: from rows to a folder that others read, scores in the rows' order."""
 import json
 import math
+import os
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import config
 import data
 import model
+import reward
 import sample
 import train
 from conftest import ROOT, TINY
@@ -110,6 +113,16 @@ def test_best_of_n_by_steps(tmp_path, monkeypatch):
     expected = [json.loads(line)["score"]["min"] for line in open(tmp_path / "s.jsonl")]
     assert [reward for row in found for reward in row["rewards"]] == pytest.approx(expected, abs=1e-6)
     assert all(row["best"] == row["answers"][row["rewards"].index(max(row["rewards"]))] for row in found)
+
+
+def test_steps_of_a_conversation_are_scored_as_text():
+    """A process reward model ranks answers of a chat model too: what was said, a line each, the system's words apart."""
+    scorer = types.SimpleNamespace(tokenizer=data.Tokenizer(ROOT / "tasks/arithmetic"), cfg=types.SimpleNamespace(step_token="\n"))
+    said = [{"role": "system", "content": "7"}, {"role": "user", "content": "1+2"}, {"role": "assistant", "content": "3"}, {"role": "user", "content": "4+5"}]
+    trees = [reward.in_steps(data.Example(np.zeros(1, np.int32), [], [], [], [], [], [], "here", row={"prompt": prompt}), ["6\n7", "8"], scorer)
+             for prompt in (said, "1+2\n3\n4+5\n")]
+    assert trees[0].prompt.tolist() == trees[1].prompt.tolist() and len(trees[0].prompt) > 5
+    assert [ids.tolist() for ids in trees[0].responses] == [ids.tolist() for ids in trees[1].responses]
 
 
 @pytest.mark.parametrize("name, bias", [("v_head.summary", True), ("value_head", False), ("score", False), ("score", True)])
@@ -289,6 +302,32 @@ def test_generate_answers_rows_and_a_prompt(language_run, tmp_path, monkeypatch,
     assert said == {"prompt": "1+2+3+4=", "answers": [sample.rollout.written(tokenizer, answer)]}
     with pytest.raises(SystemExit, match="generate needs --data"):
         sample.main(["generate", f"--model={language_run}"])
+
+
+@pytest.mark.parametrize("command, said", [
+    ("generate --prompt=1 --reward=nowhere", "--reward does nothing in generate; leave it out"), ("score --data=x --n=5", "--n does nothing in score"),
+    ("chat --data=x", "--data does nothing in chat"), ("generate --prompt=1 --data=x", "or --prompt, and not both"),
+    ("generate --data=x --system=y", "--system goes with --prompt; rows of --data have theirs in a column"),
+    ("best --prompt=1 --reward={model} --max_new_tokens=100000000", "is a language model; expected a reward model")])
+def test_what_does_nothing_is_refused(command, said, language_run):
+    """The last: before any answer is made."""
+    with pytest.raises(SystemExit, match=said):
+        sample.main([*command.format(model=language_run).split(), f"--model={language_run}", "--device=cpu"])
+
+
+def test_the_systems_message_is_read(language_run, tmp_path):
+    policy = sample.language_model(str(language_run), config.load(["--device=cpu"]))
+    options = types.SimpleNamespace(prompt="1+2", system="3", data="")
+    assert sample.asked(options, policy, None)[0].row == {"prompt": "3\n\n1+2"}
+    policy.tokenizer.chat_template = data.CHATML
+    assert sample.asked(options, policy, None)[0].row == {"prompt": [{"role": "system", "content": "3"}, {"role": "user", "content": "1+2"}]}
+
+
+def test_files_are_as_readable_as_others(language_run):
+    modes = {path.stat().st_mode & 0o777 for path in (language_run / "model").iterdir()}
+    mask = os.umask(0)
+    os.umask(mask)
+    assert modes == {0o666 & ~mask}
 
 
 def test_chat_is_a_conversation(smollm2, monkeypatch, capsys):

@@ -342,6 +342,8 @@ def test_a_failed_start_leaves_nothing_and_a_run_is_a_start(tmp_path, monkeypatc
     with pytest.raises(ValueError, match="no such file"):
         train.train(config.load([*options(tmp_path, "dpo"), "--train_data=nowhere.jsonl"]))
     assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="'scratch' needs tokenizer, a folder with tokenizer.json"):
+        train.train(config.load([*options(tmp_path, "dpo"), "--tokenizer="]))
     with pytest.raises(ValueError, match="eval_prompts need check"):
         train.train(config.load([*options(tmp_path, "dpo"), "--eval_prompts=tasks/arithmetic/problems_eval.jsonl"]))
     train.train(config.load(options(tmp_path, "dpo", chat_template="chatml", max_steps=1)))
