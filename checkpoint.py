@@ -3,6 +3,7 @@
 A checkpoint-<step> is a model folder (it loads wherever out_dir/model does, in the master weights' dtype) with the optimizer's
 moments, a critic if there is one, and state.json beside it. Never a pickle.
 """
+import contextlib
 import json
 import os
 import re
@@ -52,8 +53,9 @@ def publish(folder: Path, write: Callable):
     part.mkdir()
     try:
         write(part)
-        for path in part.iterdir():
-            path.chmod(part.stat().st_mode & 0o666)  # safetensors writes files that nobody else may read
+        with contextlib.suppress(OSError):  # there are filesystems without modes
+            for path in part.glob("*.safetensors"):
+                path.chmod(part.stat().st_mode & 0o666)  # the library writes files that nobody else may read
         for path in [*part.iterdir(), part]:
             fsync(path)
     except Exception:

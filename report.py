@@ -71,11 +71,10 @@ TRACKERS = {"wandb": by_wandb, "tensorboard": by_tensorboard}
 # The end
 
 
-def first(out: Path, split: str) -> dict:
-    """The first train line, or the eval line of step 0, for a run that goes on."""
+def written(out: Path, split: str) -> list[dict]:
+    """The lines of a run so far, for one that goes on."""
     lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").is_file() else []
-    found = next((line for line in map(json.loads, lines) if line["split"] == split), {})
-    return found if split == "train" or not found.get("step") else {}
+    return [line for line in map(json.loads, lines) if line["split"] == split]
 
 
 def summary(out: Path, what: str, first: dict, last: dict, shown: tuple, before: list[tuple], after: list[tuple], use: str) -> str:

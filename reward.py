@@ -227,7 +227,7 @@ def in_steps(e: data.Example, texts: list[str], scorer: Scorer) -> data.Example:
     """A prompt with answers whose lines are steps. Of messages, what user and assistant said, a line each."""
     prompt = e.row["prompt"]
     if not isinstance(prompt, str):
-        prompt = "".join((m["content"] or "") + "\n" for m in prompt if m["role"] != "system")
+        prompt = "".join(m["content"] + "\n" for m in prompt if m["role"] in ("user", "assistant") and m["content"])
     steps = [[data.Step(line, 0.0) for line in text.split("\n") if line] or [data.Step(" ", 0.0)] for text in texts]
     draft = data.Draft(prompt, steps, [False] * len(steps))
     rendered = data.render(draft, scorer.tokenizer, "all")
@@ -240,7 +240,7 @@ def by_model(scorer: Scorer, tokenizer: data.Tokenizer) -> Callable:
         raise ValueError(f"reward {scorer.name} is a language model; expected a reward model or a process reward model")
     if scorer.stream == "reward":
         tokenizer.same_ids(scorer.tokenizer)
-    model.without_masters(scorer.decoder, scorer.machine.dtype)
+    model.without_masters(scorer.decoder, scorer.machine.dtype)  # it judges from now on, and is not saved
 
     def give(examples, texts):
         """Each answer once, however often it was given: the same one has the same reward to the last bit."""

@@ -100,6 +100,7 @@ def chat(options, cfg):
     """A conversation in the terminal, word by word; without a chat template, each line is a prompt by itself."""
     policy = language_model(options.model, cfg)
     tokenizer, messages = policy.tokenizer, [{"role": "system", "content": options.system}] * bool(options.system)
+    before = f"{options.system}\n\n" * bool(options.system)  # of a line by itself
     memory = "" if tokenizer.chat_template else " It has no chat template: each line is a prompt by itself."
     print(f"{options.model}: Ctrl-C stops an answer, Ctrl-D ends.{memory}", file=sys.stderr)
     for turn in itertools.count():
@@ -108,7 +109,7 @@ def chat(options, cfg):
         except (EOFError, KeyboardInterrupt):
             return print(file=sys.stderr)
         messages.append({"role": "user", "content": asked})
-        ids, said, shown, column = ids_of(messages if tokenizer.chat_template else asked, tokenizer), "", 0, 0
+        ids, said, shown, column = ids_of(messages if tokenizer.chat_template else before + asked, tokenizer), "", 0, 0
 
         def watch(row, new):
             nonlocal said, shown, column
@@ -175,8 +176,10 @@ def judged(options, policy: reward.Scorer, scorer, check, cfg) -> list[dict]:
     said = [{"prompt": e.row["prompt"], "answers": mine} for e, mine in zip(trees, texts)]
     for line, rewards in zip(said, judge(trees, texts) if judge else ()):
         line["rewards"] = rewards
-    for line, e in zip(said, trees if check else ()):
-        line["right"] = [bool(check(line["prompt"], text, e.row)) for text in line["answers"]]
+    for line, right in zip(said, reward.by_function(check, what="check", mend="")(trees, texts) if check else ()):
+        for wrong in [x for x in right if isinstance(x, str)]:
+            raise ValueError(wrong)
+        line["right"] = [*map(bool, right)]
     return said
 
 
@@ -278,6 +281,8 @@ def main(arguments: list[str]):
                 raise ValueError(f"--{key} does nothing in {options.what}; leave it out")
         if options.what in PROMPTED and bool(options.data) == bool(options.prompt):
             raise ValueError(f"{options.what} needs --data, a file of prompts, or --prompt, and not both")
+        if options.what == "merge" and options.weight != 0.5 and not options.other:
+            raise ValueError("--weight is of two models; name the other one, --other")
         if options.system and options.data:
             raise ValueError("--system goes with --prompt; rows of --data have theirs in a column of that name")
         options.n = options.n or {"best": 8}.get(options.what, 1)

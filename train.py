@@ -10,6 +10,7 @@ import functools
 import gc
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -254,14 +255,18 @@ def train(cfg):
         out.mkdir(parents=True, exist_ok=True)
         record = report.recorder(out, cfg.track, config.as_json(cfg))
         checkpoint.write_json(out / "run.json", {**described, "finished": False})
-    first = report.first(out, "eval") if done else unless_lost(0, evaluated)
+    evals, lines = (report.written(out, split) if done and machine.rank == 0 else [] for split in ("eval", "train"))
+    first = next((line for line in evals if line["step"] == 0), {}) if done else unless_lost(0, evaluated)
+    last = evals[-1] if evals and evals[-1]["step"] == done else first
+    if done == steps and machine.any(machine.rank == 0 and last is first):  # all that was left to do, or its check failed
+        last = unless_lost(steps, evaluated)
     before = [] if done else samples(run)
-    last, show = first, next((t.objective.show for t in terms if t.objective.show), None)
+    show = next((t.objective.show for t in terms if t.objective.show), None)
     bar = report.bar(what=out.name[:8], show=machine.rank == 0, total=steps, initial=done, leave=True, delay=0)
     if machine.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     since, since_line, tokens = 0, time.perf_counter(), 0  # of the steps since the last line
-    told, began = [], report.first(out, "train") if done else {}  # signals to stop; the first line
+    told, (began, line) = [], (lines[0], lines[-1]) if lines else ({}, {})  # signals to stop; the first line, and the last
     for step in noting_signals(range(done + 1, steps + 1), told):  # its number is that of the steps done when it ends
         pause = time.perf_counter()
         dataset, rows = unless_lost(step - 1, supply.rows)
@@ -333,6 +338,8 @@ def prepared(cfg, machine: Machine, say: Callable, supply_of) -> tuple[Run, Call
     if missing:
         raise ValueError(f"objective {'+'.join(cfg.weights)}: a run cannot train it, nothing provides "
                          f"{', '.join(sorted(missing))}; on tensors it works, see losses.py")
+    if cfg.init_from == "scratch" and not cfg.tokenizer:
+        raise ValueError("init_from = 'scratch' needs tokenizer, a folder with tokenizer.json")
     folders = {name: run_stage(name, cfg, machine, say) for name in config.models(cfg) if name.endswith(".py")}
     folder_of = lambda name: folders.get(name, name)
     start_from = folder_of(cfg.init_from)
@@ -340,8 +347,6 @@ def prepared(cfg, machine: Machine, say: Callable, supply_of) -> tuple[Run, Call
         torch.compiler.reset()  # a stage before this one had shapes of its own
     machine.barrier()
 
-    if start_from == "scratch" and not cfg.tokenizer:
-        raise ValueError("init_from = 'scratch' needs tokenizer, a folder with tokenizer.json")
     tokenizer = data.Tokenizer(Path(cfg.tokenizer) if cfg.tokenizer else model.find_folder(start_from), cfg.chat_template)
     outputs = sorted(streams & model.HEADS.keys())  # of the model; what else losses read are columns
     apart = {"values"} if cfg.critic else set()  # what another model beside the policy says
@@ -626,6 +631,8 @@ def leave(error: BaseException):
         traceback.print_exception(error)
     elif isinstance(code, str):
         print(code, file=sys.stderr)
+    for child in multiprocessing.active_children():
+        child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 1)
@@ -654,7 +661,9 @@ def main(arguments: list[str]):
         sys.exit(f"error: the disk is full ({error}); checkpoints that were whole are whole: make room, and go on with --resume")
     finally:
         if dist.is_initialized():
-            if (error := sys.exception()) and dist.get_backend() == "nccl":
+            error = sys.exception()
+            agreed = isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128  # a signal, on every rank
+            if error and not agreed and dist.get_backend() == "nccl":
                 leave(error)
             gc.collect()  # DDP's wrapper, before its process group
             dist.destroy_process_group()

@@ -39,6 +39,8 @@ def test_the_summary_says_what_was_learned(tmp_path, monkeypatch, capsys):
     bare = told(capsys, *options(tmp_path, "rm", "bare", save_every=2), "--resume")
     train_lines = lines(tmp_path / "bare")
     assert len(train_lines) == 4
+    (tmp_path / "bare" / "run.json").write_text((tmp_path / "bare" / "run.json").read_text().replace('"finished": true', '"finished": false'))
+    assert told(capsys, *options(tmp_path, "rm", "bare", save_every=2), "--resume").endswith(bare[bare.index(f"{tmp_path / 'bare'}: first step"):])
     assert f"{tmp_path / 'bare'}: first step -> last step" in bare and f"loss {train_lines[0]['loss']:.4g} -> {train_lines[-1]['loss']:.4g}" in " ".join(bare.split())
     assert f"score --model={tmp_path / 'bare'} --data={ROWS['preference']}" in bare
     rolled = told(capsys, *options(tmp_path, "reinforce", "rolled", advantages="reinforce", eval_prompts=ROWS["prompts"]))
@@ -51,10 +53,16 @@ def test_a_check_that_fails_loses_nothing(ranks, tmp_path):
     row = json.loads(open(ROWS["prompts"]).readlines()[3])
     (tmp_path / "check.py").write_text(f"from pathlib import Path\n\ndef check(prompt, completion, row):\n"
                                        f"    return 1 / (prompt != {row['prompt']!r} or not Path({str(tmp_path / 'run/checkpoint-1')!r}).exists())\n")
-    failed = run(options(tmp_path, "dpo", config=tmp_path / "check.py", eval_prompts=ROWS["prompts"], max_new_tokens=2, max_steps=2, save_every=1, samples=0),
-                 ranks, check=False)
+    given = options(tmp_path, "dpo", config=tmp_path / "check.py", eval_prompts=ROWS["prompts"], max_new_tokens=2, max_steps=2, save_every=1, samples=0)
+    failed = run(given, ranks, check=False)
     assert failed.returncode != 0 and f"error: {ROWS['prompts']}:4: check check: ZeroDivisionError: division by zero; for the completion" in failed.stderr
     assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    (tmp_path / "check.py").write_text(CHECK)  # mended: the eval that is missing is made
+    done = run([*given, "--resume"], ranks)
+    assert [line["step"] for line in lines(tmp_path / "run", "eval")] == [0, 2] and "exact_match 1 -> 1" in " ".join(done.stdout.split())
+    (tmp_path / "run" / "run.json").write_text((tmp_path / "run" / "run.json").read_text().replace('"finished": true', '"finished": false'))
+    run([*given, "--resume"], ranks)  # as if it had been killed before it was done: made once
+    assert [line["step"] for line in lines(tmp_path / "run", "eval")] == [0, 2]
 
 
 def test_a_tracker_gets_every_line(tmp_path, monkeypatch, capsys):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import config
 import data
 import model
+import reference
 import reward
 import sample
 import train
@@ -116,9 +117,9 @@ def test_best_of_n_by_steps(tmp_path, monkeypatch):
 
 
 def test_steps_of_a_conversation_are_scored_as_text():
-    """A process reward model ranks answers of a chat model too: what was said, a line each, the system's words apart."""
+    """A process reward model ranks answers of a chat model too: what user and assistant said, a line each."""
     scorer = types.SimpleNamespace(tokenizer=data.Tokenizer(ROOT / "tasks/arithmetic"), cfg=types.SimpleNamespace(step_token="\n"))
-    said = [{"role": "system", "content": "7"}, {"role": "user", "content": "1+2"}, {"role": "assistant", "content": "3"}, {"role": "user", "content": "4+5"}]
+    said = [{"role": "system", "content": "7"}, {"role": "user", "content": "1+2"}, {"role": "assistant", "content": "3"}, {"role": "tool", "content": "9"}, {"role": "user", "content": "4+5"}]
     trees = [reward.in_steps(data.Example(np.zeros(1, np.int32), [], [], [], [], [], [], "here", row={"prompt": prompt}), ["6\n7", "8"], scorer)
              for prompt in (said, "1+2\n3\n4+5\n")]
     assert trees[0].prompt.tolist() == trees[1].prompt.tolist() and len(trees[0].prompt) > 5
@@ -307,7 +308,7 @@ def test_generate_answers_rows_and_a_prompt(language_run, tmp_path, monkeypatch,
 @pytest.mark.parametrize("command, said", [
     ("generate --prompt=1 --reward=nowhere", "--reward does nothing in generate; leave it out"), ("score --data=x --n=5", "--n does nothing in score"),
     ("chat --data=x", "--data does nothing in chat"), ("generate --prompt=1 --data=x", "or --prompt, and not both"),
-    ("generate --data=x --system=y", "--system goes with --prompt; rows of --data have theirs in a column"),
+    ("merge --out=x --weight=0.3", "--weight is of two models"), ("generate --data=x --system=y", "--system goes with --prompt; rows of --data have theirs in a column"),
     ("best --prompt=1 --reward={model} --max_new_tokens=100000000", "is a language model; expected a reward model")])
 def test_what_does_nothing_is_refused(command, said, language_run):
     """The last: before any answer is made."""
@@ -321,6 +322,28 @@ def test_the_systems_message_is_read(language_run, tmp_path):
     assert sample.asked(options, policy, None)[0].row == {"prompt": "3\n\n1+2"}
     policy.tokenizer.chat_template = data.CHATML
     assert sample.asked(options, policy, None)[0].row == {"prompt": [{"role": "system", "content": "3"}, {"role": "user", "content": "1+2"}]}
+
+
+def test_a_check_of_many_answers_is_asked_at_once(language_run, tmp_path, monkeypatch, capsys):
+    """As in an eval; and one that fails names its row."""
+    monkeypatch.chdir(ROOT)
+    given = ["compare", f"--model={language_run}", f"--other={language_run}", f"--check={tmp_path / 'c.py'}", "--prompt=1+2", "--max_new_tokens=3", "--device=cpu"]
+    (tmp_path / "c.py").write_text("def check(prompts, completions, rows):\n    return [False for _ in prompts]\n")
+    sample.main(given)
+    assert json.loads(capsys.readouterr().out)["right"] == [False, False]
+    (tmp_path / "c.py").write_text("def check(prompt, completion, row):\n    return row['answer']\n")
+    with pytest.raises(SystemExit, match="error: --prompt: check check: KeyError: 'answer'"):
+        sample.main(given)
+
+
+def test_models_that_judge_and_references_have_no_masters(reward_run, tmp_path):
+    machine, tokenizer = train.Machine(0, 1, "cpu", torch.bfloat16, False), data.Tokenizer(ROOT / "tasks/arithmetic")
+    cfg = config.load([*options(tmp_path, "dpo"), f"--tokenizer={ROOT / 'tasks/arithmetic'}"])
+    scorer = reward.Scorer(str(reward_run), cfg, machine)
+    reward.by_model(scorer, tokenizer)
+    frozen = reference.frozen(types.SimpleNamespace(cfg=cfg, machine=machine, tokenizer=tokenizer), "scratch", ["log_probs"])
+    for decoder in (scorer.decoder, frozen):
+        assert {p.dtype for name, p in decoder.named_parameters() if "_proj." in name} == {torch.bfloat16}
 
 
 def test_files_are_as_readable_as_others(language_run):

@@ -122,6 +122,13 @@ def test_a_rank_leaves_with_its_error(error, code, said):
     assert (left.returncode, left.stdout) == (code, "out\n") and left.stderr.endswith(said) and bool(left.stderr) == bool(said)
 
 
+def test_under_nccl_an_error_does_not_wait():
+    """As if there were a group of it: its end, which would wait for the others, is not called."""
+    script = "import train\ntrain.dist.is_initialized, train.dist.get_backend, train.train = lambda: True, lambda: 'nccl', lambda cfg: 1 / 0\ntrain.main([])"
+    left = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert left.returncode == 1 and left.stderr.endswith("ZeroDivisionError: division by zero\n") and "During handling" not in left.stderr
+
+
 def test_torchrun(tmp_path):
     """Ranks that torchrun has started end as they should, after the same run."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *options(tmp_path, "dpo", "torchrun")]
