@@ -435,8 +435,7 @@ def bench_dpo(o):
         dataset = make(count)
         single = data.as_dataset([data.with_responses(e, [r])._replace(chosen=[], rejected=[], margin=[])
                                   for e in dataset.examples for r in e.responses], Counter())
-        varlen = data.varlen(o.device, getattr(torch, o.dtype))
-        layouts = {id(d): data.Layout(int(d.lengths.sum()), varlen, False, o.device) for d in (dataset, single)}
+        layouts = {id(d): machine_of(o.device, o.dtype).layout(int(d.lengths.sum())) for d in (dataset, single)}
         usual = lambda m: padded_logps(m, dataset.examples)
         ways = {"padded, as usual": (usual, None)}
         ways["+ packing"] = (lambda m: packed_logps(m, single, layouts[id(single)], "all"), None)
@@ -668,10 +667,11 @@ def step_of(length: int, pairs: int, vocabulary: int, layers: int, device: str, 
     mask = np.ones(length // 2, bool)
     dataset = data.as_dataset([data.Example(ids(), [ids(), ids()], [mask, mask], [True, False], [0], [1], [0.0], "made up")
                                for _ in range(pairs)], Counter())
-    machine = train.Machine(0, 1, device, getattr(torch, dtype), False)
+    machine = machine_of(device, dtype)
+    layout = machine.layout(max(4096, 3 * length // 2))
 
     def step():
-        for batch in data.micro_batches(dataset, np.arange(pairs), machine.layout(max(4096, 3 * length // 2)))[0]:
+        for batch in data.micro_batches(dataset, np.arange(pairs), layout)[0]:
             with machine.autocast():
                 chosen, rejected = losses.sums(batch, decoder(batch, ["log_probs"])["log_probs"]).view(-1, 2).t()
             losses.dpo(chosen, rejected, torch.zeros_like(chosen), torch.zeros_like(chosen))[0].sum().backward()
@@ -821,6 +821,11 @@ def bench_start(o):
                   f"{len(dataset) / seconds:,.0f} | {tokenized:,.0f} | {held:,.0f} |", flush=True)
 
 
+def machine_of(device: str, dtype: str) -> train.Machine:
+    """One rank, nothing compiled."""
+    return train.Machine(0, 1, device, getattr(torch, dtype), False)
+
+
 def where(device: str) -> str:
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     return f"{name}, torch {torch.__version__.split('+')[0]}"
@@ -832,7 +837,7 @@ BENCHES = {"losses": bench_losses, "head": bench_head, "generate": bench_generat
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=list(BENCHES))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="names, or parts of them, separated by commas")
     parser.add_argument("--model", default="", help="a model folder")
@@ -843,8 +848,8 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=int, default=0, help="dpo: of a step (8); trl: of an epoch (16)")
     parser.add_argument("--options", default="", help="trl, ranks: of the runs here, e.g. '--micro_batch_tokens=1024'")
     parser.add_argument("--theirs", default="{}", help="trl: changes to its config, e.g. '{\"use_liger_kernel\": true}'")
-    parser.add_argument("--dtype", default="", help="dpo: of weights and compute, scaling: of compute; default: a run's there")
+    parser.add_argument("--dtype", default="auto", help="dpo: of weights and compute, scaling: of compute; auto: as a run's")
     parser.add_argument("--peak", type=float, default=0, help="dpo: the device's TFLOP/s; default: those of a matmul")
     options = parser.parse_args()
-    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    options.device, options.dtype = config.machine(options)
     BENCHES[options.what](options)

@@ -174,6 +174,12 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, batch: dict, window: int) 
     return (_varlen if "cu_q" in batch else _grouped)(q, k, v, batch, window)  # as the batch was laid out
 
 
+def repeated(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values (T, K, E), one for each of the query heads that share them: (T, H, E)."""
+    shared = q.shape[1] // x.shape[1]
+    return x.repeat_interleave(shared, dim=1) if shared > 1 else x
+
+
 def _varlen(q, k, v, batch, window):
     """One variable-length flash kernel for the whole stream."""
     k, v = k[batch["key_index"]], v[batch["key_index"]]
@@ -182,8 +188,8 @@ def _varlen(q, k, v, batch, window):
         raise ValueError("sliding windows on CUDA need a torch whose varlen_attn has window_size")
     if "enable_gqa" in _VARLEN:
         options["enable_gqa"] = True
-    elif q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    else:
+        k, v = repeated(k, q), repeated(v, q)
     return varlen_attn(q.contiguous(), k, v, batch["cu_q"], batch["cu_k"], batch["max_q"], batch["max_k"], **options)
 
 
@@ -191,7 +197,7 @@ def _grouped(q, k, v, batch, window):
     """Segments of similar lengths side by side in one padded SDPA call per group: any device, any dtype. In fp32 or wider: on a
     CPU, SDPA in bf16 takes twice as long."""
     if q.is_cuda:  # whose kernels share keys among queries in 16 bits alone: in fp32, (Lq, Lk) scores of every head would be made
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        k, v = repeated(k, q), repeated(v, q)
     dtype, groups, out = q.dtype, batch["groups"], []  # parts are split off: of slices, each would have a gradient of the whole
     q = wide(q).index_select(0, batch["group_q"]).split([rows * length for rows, length, _ in groups])
     k, v = (wide(x).index_select(0, batch["group_k"]).split([rows * length for rows, _, length in groups]) for x in (k, v))

@@ -71,10 +71,11 @@ TRACKERS = {"wandb": by_wandb, "tensorboard": by_tensorboard}
 # The end
 
 
-def written(out: Path, split: str) -> list[dict]:
-    """The lines of a run so far, for one that goes on."""
-    lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").is_file() else []
-    return [line for line in map(json.loads, lines) if line["split"] == split]
+def written(out: Path) -> tuple[list[dict], list[dict]]:
+    """The eval lines and the train lines of a run so far, for one that goes on."""
+    text = (out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").is_file() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
+    return tuple([line for line in lines if line["split"] == split] for split in ("eval", "train"))
 
 
 def summary(out: Path, what: str, first: dict, last: dict, shown: tuple, before: list[tuple], after: list[tuple], use: str) -> str:

@@ -100,7 +100,6 @@ def chat(options, cfg):
     """A conversation in the terminal, word by word; without a chat template, each line is a prompt by itself."""
     policy = language_model(options.model, cfg)
     tokenizer, messages = policy.tokenizer, [{"role": "system", "content": options.system}] * bool(options.system)
-    before = f"{options.system}\n\n" * bool(options.system)  # of a line by itself
     memory = "" if tokenizer.chat_template else " It has no chat template: each line is a prompt by itself."
     print(f"{options.model}: Ctrl-C stops an answer, Ctrl-D ends.{memory}", file=sys.stderr)
     for turn in itertools.count():
@@ -109,7 +108,8 @@ def chat(options, cfg):
         except (EOFError, KeyboardInterrupt):
             return print(file=sys.stderr)
         messages.append({"role": "user", "content": asked})
-        ids, said, shown, column = ids_of(messages if tokenizer.chat_template else before + asked, tokenizer), "", 0, 0
+        alone = data.with_system({"system": options.system}, asked, chat=False)
+        ids, said, shown, column = ids_of(messages if tokenizer.chat_template else alone, tokenizer), "", 0, 0
 
         def watch(row, new):
             nonlocal said, shown, column
@@ -176,9 +176,8 @@ def judged(options, policy: reward.Scorer, scorer, check, cfg) -> list[dict]:
     said = [{"prompt": e.row["prompt"], "answers": mine} for e, mine in zip(trees, texts)]
     for line, rewards in zip(said, judge(trees, texts) if judge else ()):
         line["rewards"] = rewards
-    for line, right in zip(said, reward.by_function(check, what="check", mend="")(trees, texts) if check else ()):
-        for wrong in [x for x in right if isinstance(x, str)]:
-            raise ValueError(wrong)
+    give = reward.by_function(check, what="check", mend="") if check else None
+    for line, right in zip(said, reward.together(policy.machine, lambda: give(trees, texts), "error")[0] if give else ()):
         line["right"] = [*map(bool, right)]
     return said
 
@@ -250,7 +249,6 @@ def merge(options, cfg):
 
 COMMANDS = {"generate": generate, "chat": chat, "score": score, "best": best, "compare": compare, "merge": merge}
 NEEDS = {"score": ("data",), "best": ("reward",), "compare": ("other",), "merge": ("out",)}
-PROMPTED = ("generate", "best", "compare")
 TAKES = {"generate": ("data", "prompt", "system", "n", "out"), "chat": ("system",), "score": ("data", "kind", "normalize", "out"),
          "best": ("data", "prompt", "system", "n", "reward", "check", "out"), "merge": ("other", "weight", "out"),
          "compare": ("data", "prompt", "system", "other", "reward", "check", "out")}  # besides --model
@@ -279,7 +277,7 @@ def main(arguments: list[str]):
         for key in [key for key, value in vars(options).items() if value != parser.get_default(key)]:
             if key not in ("what", "model", *TAKES[options.what]):
                 raise ValueError(f"--{key} does nothing in {options.what}; leave it out")
-        if options.what in PROMPTED and bool(options.data) == bool(options.prompt):
+        if "prompt" in TAKES[options.what] and bool(options.data) == bool(options.prompt):
             raise ValueError(f"{options.what} needs --data, a file of prompts, or --prompt, and not both")
         if options.what == "merge" and options.weight != 0.5 and not options.other:
             raise ValueError("--weight is of two models; name the other one, --other")

@@ -255,7 +255,7 @@ def train(cfg):
         out.mkdir(parents=True, exist_ok=True)
         record = report.recorder(out, cfg.track, config.as_json(cfg))
         checkpoint.write_json(out / "run.json", {**described, "finished": False})
-    evals, lines = (report.written(out, split) if done and machine.rank == 0 else [] for split in ("eval", "train"))
+    evals, lines = report.written(out) if done and machine.rank == 0 else ([], [])
     first = next((line for line in evals if line["step"] == 0), {}) if done else unless_lost(0, evaluated)
     last = evals[-1] if evals and evals[-1]["step"] == done else first
     if done == steps and machine.any(machine.rank == 0 and last is first):  # all that was left to do, or its check failed
