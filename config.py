@@ -111,6 +111,7 @@ class Config:
     dtype: str = "auto"  # float32, bfloat16, float16, float64 of compute (weights stay fp32); auto: bfloat16 on cuda
     compile: bool | str = "auto"  # torch.compile; auto: on cuda
     activation_checkpointing: bool = False  # recompute each block in backward: less memory, a third more time
+    head_memory: float = 0.0  # GB for the head's softmax, kept for backward and not made again; 0: of its last chunk alone
 
     # Logs and checkpoints
     log_every: int = 1  # steps between lines of metrics.jsonl
@@ -332,6 +333,7 @@ NEEDS = {  # key -> (config, streams that losses read) -> is it read; and what t
     "reference": (lambda cfg, read: "reference_log_probs" in read or cfg.kl_coef, "a loss that reads a reference, or kl_coef"),
     "reference_live": (lambda cfg, read: "reference_log_probs" in read and not rolls(cfg),
                        "a loss on fixed rows that reads a reference"),
+    "head_memory": (lambda cfg, read: "log_probs" in read and "entropy" not in read, "a loss on log-probs and not on entropies"),
     **dict.fromkeys(("teacher", "teacher_top_k"), (lambda cfg, read: "teacher_logits" in read, "distillation")),
 }
 
@@ -374,8 +376,8 @@ def settings(cfg: types.SimpleNamespace) -> dict:
     """What decides a run's result, the stages before it included: not where it is computed and written, nor how it is
     evaluated, logged and saved."""
     apart = {"device", "compile", "out_dir", "resume", "log_every", "save_every", "keep_checkpoints", "cache_dir", "samples",
-             "track", "activation_checkpointing", "max_skipped_steps", "eval_data", "eval_prompts", "eval_every", "check",
-             "max_new_tokens"}
+             "track", "activation_checkpointing", "head_memory", "max_skipped_steps", "eval_data", "eval_prompts", "eval_every",
+             "check", "max_new_tokens"}
     apart |= {"objective", "nll_coef"}  # in weights and bound, and so is
     apart |= {key for name, given in cfg.bound.items() for k in given for key in (k, f"{name}_{k}")}
     apart -= {"max_new_tokens"} if rolls(cfg) else set()

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of objectives
@@ -1056,12 +1055,38 @@ def _chunk_grad(hidden, weight, target, temperature, grad_logps, grad_entropy, p
     return grad.scatter_add_(1, target[:, None], grad_logps[:, None])
 
 
+def _operands(hidden, weight):
+    """Both in the dtype of the matrix product: the trunk's on CUDA, where it accumulates into fp32 logits; fp32 or wider
+    elsewhere, where a bf16 product would be rounded to bf16."""
+    low = hidden.dtype in (torch.bfloat16, torch.float16)
+    dtype = hidden.dtype if low and hidden.is_cuda else torch.promote_types(
+        torch.float32, torch.promote_types(hidden.dtype, weight.dtype))
+    return hidden.to(dtype), weight.to(dtype)
+
+
 def _logits(hidden, weight, temperature):
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
         logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)  # rounding logits to bf16 costs 0.03 nat a token
     else:
         logits = hidden @ weight.t()
     return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _zeros(hidden, weight, need_hidden, need_weight):
+    """Where `_back` puts the gradients of both operands: the weight's is a sum over chunks, in fp32 or wider."""
+    return (torch.zeros_like(hidden) if need_hidden else None,
+            torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if need_weight else None)
+
+
+def _back(grad, hidden, weight, rows, grad_hidden, grad_weight):
+    """From d loss / d logits (C, V), of those rows, to the gradients of hidden and weight; None: not needed."""
+    grad = grad.to(hidden.dtype)
+    if grad_hidden is not None:
+        torch.mm(grad, weight, out=grad_hidden[rows])
+    if grad_weight is not None and grad.dtype == grad_weight.dtype:
+        grad_weight.addmm_(grad.t(), hidden[rows])
+    elif grad_weight is not None:
+        grad_weight += torch.mm(grad.t(), hidden[rows], out_dtype=grad_weight.dtype)
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -1074,7 +1099,7 @@ class _LinearLogProbs(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, target)
         ctx.jacobian, ctx.softmax, parts = torch.empty_like(hidden) if frozen else None, {}, []  # softmax: of the last chunks
         with torch.autocast(hidden.device.type, enabled=False):
-            h, w = _LinearLogProbs.operands(hidden, weight)
+            h, w = _operands(hidden, weight)
             body = compiled(_chunk_logps) if graphs else _chunk_logps
             keep = chunk * len(w) * h.element_size() if keep is None else keep
             for start in range(0, max(len(h), 1), chunk):
@@ -1092,38 +1117,22 @@ class _LinearLogProbs(torch.autograd.Function):
         return logps, entropies, collisions
 
     @staticmethod
-    def operands(hidden, weight):
-        """Both in the dtype of the matrix product: the trunk's on CUDA, where it accumulates into fp32 logits; fp32 or
-        wider elsewhere, where a bf16 product would be rounded to bf16."""
-        low = hidden.dtype in (torch.bfloat16, torch.float16)
-        dtype = hidden.dtype if low and hidden.is_cuda else torch.promote_types(
-            torch.float32, torch.promote_types(hidden.dtype, weight.dtype))
-        return hidden.to(dtype), weight.to(dtype)
-
-    @staticmethod
     def backward(ctx, grad_logps, grad_entropy, _):
         if ctx.jacobian is not None:
             return (ctx.jacobian * grad_logps[:, None]).to(ctx.jacobian.dtype), *[None] * 8
         hidden, weight, target = ctx.saved_tensors
-        h, w = _LinearLogProbs.operands(hidden, weight)
+        h, w = _operands(hidden, weight)
         body = compiled(_chunk_grad) if ctx.graphs else _chunk_grad
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(h) if need_hidden else None
-        grad_weight = torch.zeros_like(w, dtype=grad_logps.dtype) if need_weight else None
+        grad_hidden, grad_weight = _zeros(h, w, *ctx.needs_input_grad[:2])
         with torch.autocast(hidden.device.type, enabled=False):
             for start in reversed(range(0, len(h), ctx.chunk)):  # first what was kept, which is gone then
                 rows = slice(start, start + ctx.chunk)
                 upstream = grad_logps[rows], grad_entropy[rows] if ctx.entropy else None
-                grad = body(h[rows], w, target[rows], ctx.temperature, *upstream, ctx.softmax.pop(start, None)).to(h.dtype)
-                if need_hidden:
-                    torch.mm(grad, w, out=grad_hidden[rows])
-                if need_weight and grad.dtype == grad_weight.dtype:
-                    grad_weight.addmm_(grad.t(), h[rows])
-                elif need_weight:
-                    grad_weight += torch.mm(grad.t(), h[rows], out_dtype=grad_weight.dtype)
-                del grad  # before the next chunk is made
-        return (grad_hidden.to(hidden.dtype) if need_hidden else None,
-                grad_weight.to(weight.dtype) if need_weight else None, *[None] * 7)
+                kept = ctx.softmax.pop(start, None)
+                _back(body(h[rows], w, target[rows], ctx.temperature, *upstream, kept), h, w, rows, grad_hidden, grad_weight)
+                del kept  # before the next chunk is made
+        return (None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+                None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 7)
 
 
 class Projected(NamedTuple):
@@ -1131,10 +1140,9 @@ class Projected(NamedTuple):
     hidden: Tensor
     weight: Tensor
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+    def rows(self, rows: slice) -> Tensor:
         with torch.autocast(self.hidden.device.type, enabled=False):
-            return self.hidden[start:stop].to(dtype) @ self.weight.to(dtype).t()
+            return _logits(*_operands(self.hidden[rows], self.weight), 1)
 
 
 class TopLogits(NamedTuple):
@@ -1143,29 +1151,61 @@ class TopLogits(NamedTuple):
     index: Tensor
     vocab: int
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        top = wide(self.logits[start:stop])
-        return top.new_full((len(top), self.vocab), -math.inf).scatter(1, self.index[start:stop].long(), top)
+    def rows(self, rows: slice) -> Tensor:
+        top = wide(self.logits[rows])
+        return top.new_full((len(top), self.vocab), -math.inf).scatter(1, self.index[rows].long(), top)
+
+
+class _Known(torch.autograd.Function):
+    """A zero whose gradients are known: the one backward scales them."""
+    @staticmethod
+    def forward(ctx, gradients, *inputs):
+        ctx.gradients = gradients
+        return gradients[0].new_zeros((), dtype=torch.promote_types(gradients[0].dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx, upstream):
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, *(gradient.mul_(upstream) for gradient in gradients)
 
 
 def by_chunk(loss: Callable, *inputs, **hyperparameters) -> tuple[Tensor, Tensor, dict]:
-    """A loss on logits of which no [N, V] exists: `Projected` and `TopLogits` become logits a chunk of rows at a time, and again
-    in backward; other inputs (N, ...) are cut alongside. Without any of them it is the loss itself."""
+    """A loss on logits of which no [N, V] exists: `Projected` and `TopLogits` become logits a chunk of rows at a time; other
+    inputs (N, ...) are cut alongside, and carry no gradient. Without any of the two it is the loss itself.
+
+    Gradients are made with the values, so that no logits are made twice (6NVD FLOPs). They are those of the sum of the values that
+    count: what is upstream has to be one factor for all of these, as in `total`.
+    """
     unmade = [x for x in inputs if isinstance(x, (Projected, TopLogits))]
     if not unmade:
         return loss(*inputs, **hyperparameters)
     device = unmade[0][0].device
     chunk = head_chunk(max(len(x.weight) if isinstance(x, Projected) else x.vocab for x in unmade), device.type) // len(unmade)
+    if any(x.requires_grad for x in inputs if isinstance(x, Tensor)):
+        raise ValueError("a loss on logits has its gradient from them alone; of what else it reads, make an objective of its own")
+    with torch.autocast(device.type, enabled=False):
+        ready = [Projected(*_operands(*map(Tensor.detach, x))) if isinstance(x, Projected) else x for x in inputs]
+    sums = {i: _zeros(*ready[i], *(factor.requires_grad for factor in x)) for i, x in enumerate(inputs)
+            if isinstance(x, Projected) and torch.is_grad_enabled() and any(factor.requires_grad for factor in x)}
 
-    def part(start):
+    def part(rows):
         with torch.autocast(device.type, enabled=False):
-            cut = lambda x: x[start:start + chunk] if isinstance(x, Tensor) else x.rows(start, start + chunk)
-            return loss(*map(cut, inputs), **hyperparameters)
-    starts = range(0, max(len(unmade[0][0]), 1), chunk)
-    parts = [checkpoint(part, start, use_reentrant=False, preserve_rng_state=False) for start in starts]
+            given = [x[rows] if isinstance(x, Tensor) else x.rows(rows) for x in ready]
+            logits = [given[i].requires_grad_() for i in sums]
+            values, mask, metrics = loss(*given, **hyperparameters)
+            made = torch.autograd.grad(reduced(values, mask)[0], logits, materialize_grads=True) if sums else ()
+            for i, grad in zip(sums, made):
+                _back(grad, *ready[i], rows, *sums[i])
+        return values.detach(), mask, {name: (x.detach(), of) for name, (x, of) in metrics.items()}
+    parts = [part(slice(start, start + chunk)) for start in range(0, max(len(unmade[0][0]), 1), chunk)]
     values, masks, metrics = zip(*parts)
     cat = lambda pieces: None if pieces[0] is None else torch.cat(pieces)
-    return cat(values), cat(masks), {name: tuple(map(cat, zip(*(m[name] for m in metrics)))) for name in metrics[0]}
+    values, mask = cat(values), cat(masks)
+    if sums:
+        factors, grads = zip(*((factor, grad) for i in sums for factor, grad in zip(inputs[i], sums[i]) if grad is not None))
+        known = _Known.apply(grads, *factors) / reduced(values, mask)[1].clamp(min=1)
+        values = values + (known if mask is None else known * mask)
+    return values, mask, {name: tuple(map(cat, zip(*(m[name] for m in metrics)))) for name in metrics[0]}
 
 
 def linear_log_probs(hidden: Tensor, weight: Tensor, target: Tensor, *, temperature: float = 1.0, entropy: bool = False,

@@ -337,19 +337,25 @@ class Trunk(nn.Module):
         return self.norm(x)
 
 
+def predicting(hidden, batch):
+    """Hidden states where scored tokens are predicted (N, D). On CUDA in the dtype of matrix products: the residual stream is
+    fp32."""
+    hidden = hidden.index_select(0, batch["predict_from"])
+    return hidden.to(compute_dtype(hidden)) if hidden.is_cuda else hidden
+
+
 def token_head(decoder, hidden, batch, wanted):
     """log p of each scored token under the softmax at the place that predicts it, and what else is wanted of it, (N,) each."""
-    hidden = hidden().index_select(0, batch["predict_from"])
-    if hidden.is_cuda:
-        hidden = hidden.to(compute_dtype(hidden))  # the residual stream is fp32; the product need not be
+    hidden = predicting(hidden(), batch)
     made = linear_log_probs(hidden, decoder.lm_head.weight, batch["target"], entropy="entropy" in wanted,
-                            collision="collision" in wanted, temperature=decoder.temperature, compiled=decoder.compiled)
+                            collision="collision" in wanted, temperature=decoder.temperature, keep=decoder.keep,
+                            compiled=decoder.compiled)
     return dict(zip(("log_probs", "entropy", "collision"), made))
 
 
 def logits_head(decoder, hidden, batch, wanted):
     """What predicts each scored token, before it is multiplied with the vocabulary: `losses.by_chunk` does that."""
-    return {"logits": Projected(hidden().index_select(0, batch["predict_from"]), decoder.lm_head.weight)}
+    return {"logits": Projected(predicting(hidden(), batch), decoder.lm_head.weight)}
 
 
 def reward_head(decoder, hidden, batch, wanted):
@@ -411,7 +417,7 @@ class Decoder(nn.Module):
     def __init__(self, config: dict, where: str = "config", heads: dict[str, int] = LANGUAGE):
         super().__init__()
         self.config, self.shape, self.compiled, self.reward_tokens = config, read_shape(config, where), False, ()
-        self.temperature = 1.0  # of the softmax that log-probs are of
+        self.temperature, self.keep = 1.0, None  # of the softmax that log-probs are of: and how much is kept, `linear_log_probs`
         self.model = Trunk(self.shape)
         if "lm_head" in heads:
             self.lm_head = nn.Linear(self.shape.hidden_size, self.shape.vocab_size, bias=False)

@@ -83,7 +83,7 @@ def teacher_source(run) -> dict[str, Callable]:
 
     def highest(decoder, batch):
         logits, chunk = decoder(batch, ["logits"])["logits"], losses.head_chunk(len(decoder.lm_head.weight), run.machine.device)
-        parts = [logits.rows(start, start + chunk).topk(cfg.teacher_top_k) for start in range(0, len(logits.hidden), chunk)]
+        parts = [logits.rows(slice(start, start + chunk)).topk(cfg.teacher_top_k) for start in range(0, len(logits.hidden), chunk)]
         return {"top": torch.cat([p.values for p in parts]), "index": torch.cat([p.indices for p in parts]).int()}
 
     def of(dataset):

@@ -174,6 +174,7 @@ def train(cfg):
     # Optimizer and resume
     for trunk in [module for module in decoder.modules() if isinstance(module, model.Trunk)]:
         trunk.checkpointing = cfg.activation_checkpointing
+    decoder.keep = int(cfg.head_memory * 2**30) or None
     wrapped = decoder if machine.world == 1 else DistributedDataParallel(
         decoder, device_ids=[torch.cuda.current_device()] if machine.device == "cuda" else None,
         gradient_as_bucket_view=True)

@@ -152,6 +152,7 @@ def test_an_option_that_a_loss_would_not_heed_is_refused(arguments):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--objective=simpo", "--reference=x"], "reference = 'x' does nothing in simpo without a loss that reads a reference"),
+    (["--objective=rm", "--head_memory=1"], "head_memory = 1.0 does nothing in rm without a loss on log-probs and not on entropies"),
     (["--objective=sft", "--reference_live"], "reference_live = True does nothing in sft without a loss on fixed rows that reads a reference"),
     (["--objective=dpo", "--reference_free", "--reference=x"], "reference = 'x' does nothing in dpo without a loss that reads a reference"),
     (["--objective=dpo", "--reference_free", "--f_divergence=js"], "f_divergence = 'js' is of the policy and its reference, which reference_free leaves")])
@@ -200,7 +201,7 @@ def test_help_lists_every_key_with_its_default():
     ("--lr=0.5", True), ("--seed=1", True), ("--beta=0.5", True), ("--train_data=x", True), ("--nll_coef=0.5", True),
     ("--max_length=64", True), ("--dtype=float64", True), ("--objective=ipo", True), ("--out_dir=x", False),
     ("--log_every=7", False), ("--save_every=7", False), ("--keep_checkpoints=7", False), ("--resume", False),
-    ("--cache_dir=x", False)])
+    ("--cache_dir=x", False), ("--head_memory=2", False)])
 def test_digest_is_of_what_decides_the_result(argument, changes):
     assert (config.digest(load("--objective=dpo", argument)) != config.digest(load("--objective=dpo"))) == changes
 

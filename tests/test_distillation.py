@@ -33,10 +33,30 @@ def test_chunks_are_the_whole(options, monkeypatch):
     assert (whole[0] - parts[0]).abs().max() < 1e-12 and torch.equal(whole[1], parts[1])
     for name, (values, mask) in whole[2].items():
         assert (values - parts[2][name][0]).abs().max() < 1e-12 and torch.equal(mask, parts[2][name][1])
-    for a, b in zip(*(torch.autograd.grad(x[0].sum(), tuple(student)) for x in (whole, parts))):
-        assert (a - b).abs().max() < 1e-10
+    for reduce in (lambda values, mask, _: values.sum(), lambda values, mask, _: losses.reduced(values, mask)[0] / 7):
+        for a, b in zip(*(torch.autograd.grad(reduce(*x), tuple(student), retain_graph=x is whole) for x in (whole, parts))):
+            assert (a - b).abs().max() < 1e-10
+        parts = losses.by_chunk(losses.kd, student, teacher, label, **options)
     plain = losses.by_chunk(losses.kd, student.hidden @ student.weight.T, teacher.hidden @ teacher.weight.T, label, **options)
     assert torch.equal(plain[0], whole[0])
+
+
+def test_gradients_that_are_made_with_the_values(monkeypatch):
+    """Of a bf16 head in fp32 until it is whole; none where none is asked for; of what else a loss reads, an error."""
+    student, teacher, label = made(n=61)
+    monkeypatch.setattr(losses, "head_chunk", lambda vocab, device: 16)
+    run = lambda student, label=label: losses.by_chunk(losses.kd, student, teacher, label)[0].sum()
+    frozen = losses.Projected(student.hidden, student.weight.detach())
+    assert torch.equal(*(torch.autograd.grad(run(s), s.hidden)[0] for s in (student, frozen)))
+    low = losses.Projected(*(x.detach().bfloat16().requires_grad_() for x in student))
+    of_low = losses.Projected(*(x.detach().double().requires_grad_() for x in low))
+    found, expected = (torch.autograd.grad(run(s), s.weight)[0] for s in (low, of_low))
+    assert found.dtype == torch.bfloat16 and (found - expected).norm() < 3e-3 * expected.norm()
+    with torch.no_grad():
+        assert not run(student).requires_grad
+    assert not run(losses.Projected(*(x.detach() for x in student))).requires_grad
+    with pytest.raises(ValueError, match="a loss on logits has its gradient from them alone"):
+        losses.by_chunk(lambda logits, more: (logits.sum(-1) * more, None, {}), student, torch.ones(61, requires_grad=True))
 
 
 def test_top_logits_are_the_teacher_as_k_grows():

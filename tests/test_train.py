@@ -296,6 +296,19 @@ def test_every_objective_trains(name, tmp_path, monkeypatch):
     assert None not in {**before, **after, **first, **second}.values() and second["loss"] != first["loss"] and (name in ROLLED or after["loss"] != before["loss"])
 
 
+def test_memory_for_time_changes_no_weight(tmp_path, monkeypatch):
+    """More of it: no softmax is made again. Less: every block is."""
+    monkeypatch.chdir(ROOT)
+    again, body = [], losses._chunk_grad
+    monkeypatch.setattr(losses, "head_chunk", lambda vocab, device: 16)
+    monkeypatch.setattr(losses, "_chunk_grad", lambda *given: again.append(given[-1] is None) or body(*given))
+    for out, more in (("plain", {}), ("more", dict(head_memory=0.1)), ("less", dict(activation_checkpointing=True))):
+        again.clear()
+        train.train(config.load(options(tmp_path, "dpo", out, **more)))
+        assert any(again) == (out != "more") and not all(again)
+        assert_close(weights(tmp_path / "plain" / "model"), weights(tmp_path / out / "model"), 1e-12)
+
+
 @pytest.mark.parametrize("option", [dict(reference_free=True), dict(ld_alpha=0.2), dict(f_divergence="js"), dict(f_divergence=0.5), dict(wpo=True)])
 def test_options_train_and_do_not_depend_on_micro_batches(option, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
