@@ -711,8 +711,9 @@ def tokenize(drafts: list[tuple], tokenizer: Tokenizer, mode: str, counts: Count
 
 def truncate(example: Example, bos: int | None, max_length: int, max_prompt_length: int, how: str,
              counts: Counter) -> Example | None:
-    """Fit prompt + each response into max_length tokens: the prompt loses its left (BOS stays) down to max_prompt_length
-    (0: to what the longest response leaves, or half of max_length), the responses lose their right. None: dropped."""
+    """Fit prompt + each response into max_length tokens: the prompt loses its left (BOS stays, unless each turn begins with one)
+    down to max_prompt_length (0: to what the longest response leaves, or half of max_length), the responses lose their right.
+    None: dropped."""
     length, longest = len(example.prompt), max(map(len, example.responses), default=0)
     room = min(max_length, max_prompt_length or max(max_length // 2, max_length - longest))
     if length > room or length + longest > max_length:
@@ -723,7 +724,7 @@ def truncate(example: Example, bos: int | None, max_length: int, max_prompt_leng
             counts["dropped"] += 1
             return None
         counts["truncated"] += 1
-        head = int(room > 1 and example.prompt[0] == bos)
+        head = int(room > 1 and example.prompt[0] == bos and not (example.prompt[1:] == bos).any())
         prompt = np.concatenate([example.prompt[:head], example.prompt[head:][-(room - head):]])
         left = max_length - len(prompt)
         example = example._replace(prompt=prompt, responses=[ids[:left] for ids in example.responses],

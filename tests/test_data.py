@@ -642,6 +642,15 @@ def test_cut(max_length, max_prompt_length, prompt, response, truncated, tmp_pat
         assert len(dataset) == 1 and dataset.counts["dropped"] == 1 and dataset.counts["truncated"] == 0
 
 
+def test_a_bos_that_opens_each_turn_is_cut_with_its_turn(tmp_path):
+    """In front of the middle of a turn it would open another one."""
+    tokenizer = changed_tokenizer(tmp_path / "t", chat_template="{% for m in messages %}{{ bos_token + m['content'] }}{% endfor %}")
+    turns = [U("123"), A("45"), U("678"), A("9")]
+    for given, prompt in ((turns, "5<bos>678"), (turns[2:], "<bos>678"), ([U("12345678"), A("9")], "<bos>5678")):
+        example, _ = one(tmp_path, {"messages": given}, tokenizer, train_on="last", max_prompt_length=5)
+        assert text_of(tokenizer, example.prompt) == prompt
+
+
 def test_cut_fits_and_takes_only_the_ends(tmp_path):
     """Whatever the lengths: BOS and the end of the prompt, the beginning of the responses, and no longer than asked."""
     hypothesis = pytest.importorskip("hypothesis")
