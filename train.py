@@ -544,10 +544,14 @@ def evaluate(run: Run, sources: list[dict], rewards: Callable | None, out: Path)
 def judge(run: Run, rewards: Callable | None) -> dict[str, float]:
     """Greedy answers to prompts: the share that passes cfg.check, and their mean reward."""
     cfg, machine, found = run.cfg, run.machine, {}
-    mine = run.prompts.examples[machine.rank::machine.world]
-    with machine.autocast():
-        answers = rollout.answers_to([e.prompt.tolist() for e in mine], run.decoder, run.tokenizer, cfg,
-                                     show="answers" if machine.rank == 0 else "")
+    mine, answers = run.prompts.examples[machine.rank::machine.world], []
+
+    def ask():
+        with machine.autocast():
+            answers.extend(rollout.answers_to([e.prompt.tolist() for e in mine], run.decoder, run.tokenizer, cfg,
+                                              show="answers" if machine.rank == 0 else ""))
+        return []
+    reward.together(machine, ask, "error")  # a model that has diverged has none
     texts = [[rollout.written(run.tokenizer, answer)] for (answer,) in answers]
     trees, judges = [rollout.answered(e, some) for e, some in zip(mine, answers)], {}
     if cfg.check:

@@ -129,6 +129,22 @@ def test_under_nccl_an_error_does_not_wait():
     assert left.returncode == 1 and left.stderr.endswith("ZeroDivisionError: division by zero\n") and "During handling" not in left.stderr
 
 
+def test_a_rank_that_cannot_answer_stops_all(tmp_path):
+    """A prompt of the second rank has a token that makes logits NaN; no row that is trained on has it."""
+    broken = model.scratch({**SMALL, "vocab_size": 16, "eos_token_id": 0, "tie_word_embeddings": False}, 5).double()
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[12] = math.nan  # "9"
+    model.save(broken, tmp_path / "broken", torch.float64, ROOT / "tasks/arithmetic")
+    (tmp_path / "rows.jsonl").write_text(4 * '{"prompt": "1+2=", "completion": "3"}\n')
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+2="}\n{"prompt": "1+9="}\n')
+    (tmp_path / "check.py").write_text("def check(prompt, completion, row):\n    return True\n")
+    given = options(tmp_path, "sft", config=tmp_path / "check.py", init_from=tmp_path / "broken", train_data=tmp_path / "rows.jsonl",
+                    eval_prompts=tmp_path / "prompts.jsonl", batch_size=4, max_new_tokens=3)
+    done = run([word for word in given if not word.startswith("--scratch")], ranks=2, check=False, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("the model's logits are not finite") == 2, done.stderr
+    assert (tmp_path / "run" / "checkpoint-0").is_dir()
+
+
 def test_torchrun(tmp_path):
     """Ranks that torchrun has started end as they should, after the same run."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *options(tmp_path, "dpo", "torchrun")]
