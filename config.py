@@ -147,8 +147,7 @@ ELSEWHERE = {  # what other trainers call a key -> ours
     "gradient_checkpointing": "activation_checkpointing", "bf16": "dtype", "fp16": "dtype", "logging_steps": "log_every",
     "save_steps": "save_every", "eval_steps": "eval_every", "save_total_limit": "keep_checkpoints", "report_to": "track",
     "resume_from_checkpoint": "resume", "torch_compile": "compile", "init_kl_coef": "kl_coef"}
-LOSSES_ELSEWHERE = {"sigmoid": "dpo", "reward": "rm", "reward_model": "rm", "grpo": "ppo", "dr_grpo": "ppo", "dapo": "ppo",
-                    "rloo": "reinforce"}
+LOSSES_ELSEWHERE = {"sigmoid": "dpo", "reward": "rm", "reward_model": "rm"}
 TYPES = typing.get_type_hints(Config)
 
 
@@ -232,8 +231,11 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
         raise ValueError(f"{source['objective']}: objective = {{}}; expected a loss, or {{loss: weight}}")
     for key, weight in weights.items():
         if key not in OBJECTIVES:
-            raise ValueError(f"{source.get('objective', 'config')}: unknown objective {str(key)!r:.40}."
-                             f"{suggestion(str(key), OBJECTIVES, LOSSES_ELSEWHERE)} Known: {', '.join(OBJECTIVES)}")
+            recipes = [f"--config={path}" for path in (f"configs/{key}.py", f"configs/smollm2/{key}.py")
+                       if os.path.isfile(Path(__file__).parent / path)]
+            hint = f" It is a recipe: {' or '.join(recipes)}." if recipes else suggestion(str(key), OBJECTIVES, LOSSES_ELSEWHERE)
+            raise ValueError(f"{source.get('objective', 'config')}: unknown objective {str(key)!r:.40}.{hint} "
+                             f"Known: {', '.join(OBJECTIVES)}")
         weights[key] = checked(f"objective[{key!r}]", weight, float, source.get("objective", "config"))
     if values["nll_coef"]:
         if "sft" in weights:

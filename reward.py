@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import runpy
 import signal
+import traceback
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -85,13 +86,19 @@ def by_function(function: Callable, workers: int = 0, timeout: float = 60.0, wha
 def number(result, where: str, text: str, mend: str) -> float | str:
     """A finite number, or a sentence about what is there in its place."""
     failed = isinstance(result, Exception)
-    said = f"{type(result).__name__}: {result}" if failed else f"returned {result!r:.80}, expected a number"
+    said = told(result) if failed else f"returned {result!r:.80}, expected a number"
     said = str(result) if isinstance(result, Failed) else said
     try:
         value = math.nan if failed or isinstance(result, str) else float(result)
     except (TypeError, ValueError):
         value = math.nan
     return value if math.isfinite(value) else f"{where}: {said}; for the completion {text[:80]!r}{mend}"
+
+
+def told(error: Exception) -> str:
+    """What it says, and the line of the function called here that it comes from."""
+    frames = traceback.extract_tb(error.__traceback__, limit=2)[1:]
+    return "".join([f"{type(error).__name__}: {error}", *(f" ({frame.filename}:{frame.lineno})" for frame in frames)])
 
 
 def one_by_one(function: Callable) -> Callable:
@@ -162,7 +169,7 @@ def call(given: tuple) -> tuple:
         value = function(*given)
         return (value if isinstance(value, (int, float)) else float(value)), ""
     except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
+        return None, told(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_values_of_the_command_line(arguments, key, value):
     (["--objective=dpo", "--bta=0.1"], "unknown key 'bta'. Did you mean 'beta'?"),
     (["--learning_rate=1e-5"], "unknown key 'learning_rate'. Did you mean 'lr'?"),
     (["--reward_model=out/rm"], "unknown key 'reward_model'. Did you mean 'reward'?"),
-    (["--objective=grpo"], "unknown objective 'grpo'. Did you mean 'ppo'?"),
+    (["--objective=grpo"], "unknown objective 'grpo'. It is a recipe: --config=configs/grpo.py or --config=configs/smollm2/grpo.py. Known: "),
     (["--zzzzzz=1"], "unknown key 'zzzzzz'. `python"),
     (["--beta=0.1"], r"sft has no hyperparameter 'beta' \(it belongs to dpo, ipo"),
     (["--objective=dpo", "--length_normalized"], r"dpo has no hyperparameter 'length_normalized' \(it belongs to ipo"),

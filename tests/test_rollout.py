@@ -223,7 +223,7 @@ def test_a_reward_that_hangs_is_ended(tmp_path):
     said = give([example({"prompt": "p"}, "rows.jsonl:7")], [["a", "hang", "bbb", "raise", "cc", "odd", "die", "dddd"]])[0]
     assert (said[0], said[2], said[4], said[7]) == (1.0, 3.0, 2.0, 4.0)
     assert said[1].startswith("rows.jsonl:7: reward judge: TimeoutError: no answer within reward_timeout = 1 seconds")
-    assert said[3].startswith("rows.jsonl:7: reward judge: KeyError: 'answer'") and "reward judge: Odd:" in said[5]
+    assert said[3].startswith(f"rows.jsonl:7: reward judge: KeyError: 'answer' ({file}:9); for") and "reward judge: Odd:" in said[5]
     assert "no answer within reward_timeout = 1 seconds: it hangs, or its process died" in said[6]
     with pytest.raises(ValueError, match="not at the top of"):
         reward.by_function(lambda prompt, completion, row: 1.0, workers=1)
@@ -495,8 +495,8 @@ def test_a_failing_reward_loses_nothing(how, ranks, tmp_path, recorded, monkeypa
                                          .replace("def failing", "def reward"))
     failing = [f"--config={tmp_path / 'failing.py'}" if word.startswith("--config") else word for word in given]
     failed = run(failing, ranks, check=False, CALLS=str(tmp_path / "prompt"), HOW=how)
-    said = {"raises": "ZeroDivisionError: division by zero", "nan": "returned nan, expected a number"}[how]
-    assert failed.returncode != 0 and f"error: {ROWS['prompts']}:{broken + 1}: reward reward: {said}; for the completion" in failed.stderr
+    said = {"raises": "ZeroDivisionError: division by zero (", "nan": "returned nan, expected a number"}[how]
+    assert failed.returncode != 0 and f"error: {ROWS['prompts']}:{broken + 1}: reward reward: {said}" in failed.stderr and "; for the completion" in failed.stderr
     assert "Traceback" not in failed.stderr or ranks > 1
     assert [p.name for p in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-3"]
     run([*failing, "--resume"], ranks, CALLS=str(tmp_path / "nothing"), HOW=how)
