@@ -227,6 +227,18 @@ def heads(device: str) -> dict[str, Callable]:
         lengths = torch.full_like(chosen, 128)
         return losses.compiled(losses.simpo)(chosen, rejected, lengths, lengths)[0].sum() / len(lengths)
     made["fused with simpo (ours)"] = simpo
+
+    def on_logits(name, logits):
+        loss = losses.compiled(losses.OBJECTIVES[name].loss)
+
+        def value(h, w, t):
+            teacher = [logits(h.detach().flip(0), w.detach())] * (name == "kd")
+            values, mask, _ = losses.by_chunk(loss, logits(h, w), *teacher, t)
+            return losses.reduced(values, mask)[0] / len(t)
+        return value
+    for name in ("lm", "kd"):
+        made[f"{name} of whole logits, compiled"] = on_logits(name, lambda h, w: h @ w.t())
+        made[f"{name} of logits in chunks, compiled (ours)"] = on_logits(name, losses.Projected)
     if chunked_loss := optional("liger_kernel.chunked_loss"):
         theirs = chunked_loss.LigerFusedLinearSimPOLoss(beta=2.0, gamma=1.0, compute_nll_loss=False)
         made["Liger's chunked SimPO"] = lambda h, w, t: theirs(w, h.view(-1, 128, h.shape[1]), t.view(-1, 128))[0]
@@ -256,7 +268,8 @@ def bench_head(o):
                 continue
             try:
                 grad = step(name, head)[0].float()
-                true = exact.setdefault("simpo" in name.lower(), grad)  # of the two with a loss: the first's
+                kind = next((loss for loss in ("simpo", "lm of", "kd of") if loss in name.lower()), "")
+                true = exact.setdefault(kind, grad)  # of those with a loss: the first's
                 error[name] = ((grad - true).norm() / true.norm()).item()
                 functions[name] = functools.partial(step, name, head)
             except Exception as problem:  # a peer that does not run here: say so and go on

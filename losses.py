@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of objectives
@@ -90,6 +91,8 @@ def objective(data: str | None, per: str | Callable, show: str | None = None, co
         unknown = [name for name in reads if name not in READINGS]
         if unknown:
             raise TypeError(f"{loss.__name__}: no reading is called {unknown[0]!r}; READINGS has {', '.join(READINGS)}")
+        if coupled and "logits" in reads:
+            raise TypeError(f"{loss.__name__}: logits are made in chunks, and a coupled loss asks for those of a whole step")
         hyperparameters = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         divisor = per if callable(per) else lambda: per
         o = Objective(loss.__name__, loss, data, divisor, show, reads, hyperparameters, limits, coupled)
@@ -1018,7 +1021,8 @@ def whiten(advantages: Tensor, action_mask: Tensor, sum_ranks: Callable = lambda
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The fused linear -> log-prob. [N, V] logits never exist: a chunk of rows at a time, made again in backward.
+# The fused linear -> log-prob, and losses on logits. No [N, V] exists: a chunk of rows at a time, made again in backward or (a
+# loss on logits, of a chunk) with the gradient at once.
 
 
 def head_chunk(vocab_size: int, device: str = "cpu") -> int:
@@ -1140,9 +1144,13 @@ class Projected(NamedTuple):
     hidden: Tensor
     weight: Tensor
 
+    def ready(self) -> "Projected":
+        """For `rows`: in the dtype of the product, without gradient."""
+        return Projected(*_operands(self.hidden.detach(), self.weight.detach()))
+
     def rows(self, rows: slice) -> Tensor:
         with torch.autocast(self.hidden.device.type, enabled=False):
-            return _logits(*_operands(self.hidden[rows], self.weight), 1)
+            return _logits(self.hidden[rows], self.weight, temperature=1)
 
 
 class TopLogits(NamedTuple):
@@ -1151,27 +1159,38 @@ class TopLogits(NamedTuple):
     index: Tensor
     vocab: int
 
+    def ready(self) -> "TopLogits":
+        return self
+
     def rows(self, rows: slice) -> Tensor:
         top = wide(self.logits[rows])
         return top.new_full((len(top), self.vocab), -math.inf).scatter(1, self.index[rows].long(), top)
 
 
 class _Known(torch.autograd.Function):
-    """A zero whose gradients are known: the one backward scales them."""
+    """Values whose sum, of those that count, has known gradients to the inputs: the one backward scales them by what is upstream,
+    or by NaN if that is not one factor for all."""
     @staticmethod
-    def forward(ctx, gradients, *inputs):
-        ctx.gradients = gradients
-        return gradients[0].new_zeros((), dtype=torch.promote_types(gradients[0].dtype, torch.float32))
+    def forward(ctx, values, mask, gradients, *inputs):
+        ctx.mask, ctx.gradients = mask, gradients
+        return values
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream):
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of a loss on logits are there for one backward")
+        total, count = reduced(upstream, ctx.mask)
+        mean = total / count.clamp(min=1)
+        one = reduced((upstream - mean).abs(), ctx.mask)[0] <= 1e-4 * total.abs()
+        factor = torch.where(one, mean, math.nan).view(1)  # of no dimension, it would be rounded to a gradient's dtype first
         gradients, ctx.gradients = ctx.gradients, None
-        return None, *(gradient.mul_(upstream) for gradient in gradients)
+        return None, None, None, *(gradient.mul_(factor) for gradient in gradients)
 
 
 def by_chunk(loss: Callable, *inputs, **hyperparameters) -> tuple[Tensor, Tensor, dict]:
-    """A loss on logits of which no [N, V] exists: `Projected` and `TopLogits` become logits a chunk of rows at a time; other
-    inputs (N, ...) are cut alongside, and carry no gradient. Without any of the two it is the loss itself.
+    """A loss on logits of which no [N, V] exists: `Projected` and `TopLogits` become logits a chunk of rows at a time, which the
+    loss may not change in place; other inputs (N, ...) are cut alongside. Without any of the two it is the loss itself.
 
     Gradients are made with the values, so that no logits are made twice (6NVD FLOPs). They are those of the sum of the values that
     count: what is upstream has to be one factor for all of these, as in `total`.
@@ -1179,32 +1198,32 @@ def by_chunk(loss: Callable, *inputs, **hyperparameters) -> tuple[Tensor, Tensor
     unmade = [x for x in inputs if isinstance(x, (Projected, TopLogits))]
     if not unmade:
         return loss(*inputs, **hyperparameters)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs if isinstance(x, Tensor)):
+        raise ValueError("a tensor beside logits that are made in chunks requires a gradient, and has none here; make an "
+                         "objective of its own of it")
     device = unmade[0][0].device
     chunk = head_chunk(max(len(x.weight) if isinstance(x, Projected) else x.vocab for x in unmade), device.type) // len(unmade)
-    if any(x.requires_grad for x in inputs if isinstance(x, Tensor)):
-        raise ValueError("a loss on logits has its gradient from them alone; of what else it reads, make an objective of its own")
-    with torch.autocast(device.type, enabled=False):
-        ready = [Projected(*_operands(*map(Tensor.detach, x))) if isinstance(x, Projected) else x for x in inputs]
-    sums = {i: _zeros(*ready[i], *(factor.requires_grad for factor in x)) for i, x in enumerate(inputs)
-            if isinstance(x, Projected) and torch.is_grad_enabled() and any(factor.requires_grad for factor in x)}
+    ready = [x if isinstance(x, Tensor) else x.ready() for x in inputs]
+    gradients = {i: _zeros(*ready[i], *(factor.requires_grad for factor in x)) for i, x in enumerate(inputs)
+                 if isinstance(x, Projected) and any(factor.requires_grad for factor in x) and torch.is_grad_enabled()}
 
     def part(rows):
-        with torch.autocast(device.type, enabled=False):
-            given = [x[rows] if isinstance(x, Tensor) else x.rows(rows) for x in ready]
-            logits = [given[i].requires_grad_() for i in sums]
-            values, mask, metrics = loss(*given, **hyperparameters)
-            made = torch.autograd.grad(reduced(values, mask)[0], logits, materialize_grads=True) if sums else ()
-            for i, grad in zip(sums, made):
-                _back(grad, *ready[i], rows, *sums[i])
-        return values.detach(), mask, {name: (x.detach(), of) for name, (x, of) in metrics.items()}
-    parts = [part(slice(start, start + chunk)) for start in range(0, max(len(unmade[0][0]), 1), chunk)]
+        given = [x[rows] if isinstance(x, Tensor) else x.rows(rows) for x in ready]
+        trained = [given[i].requires_grad_() for i in gradients]
+        values, mask, metrics = loss(*given, **hyperparameters)
+        made = torch.autograd.grad(reduced(values, mask)[0], trained, materialize_grads=True) if trained else ()
+        del given, trained
+        for i, grad in zip(gradients, made):
+            _back(grad, *ready[i], rows, *gradients[i])
+        return values.detach(), mask, {name: (x.detach(), counted) for name, (x, counted) in metrics.items()}
+    with torch.autocast(device.type, enabled=False):
+        parts = [part(slice(start, start + chunk)) for start in range(0, max(len(unmade[0][0]), 1), chunk)]
     values, masks, metrics = zip(*parts)
     cat = lambda pieces: None if pieces[0] is None else torch.cat(pieces)
     values, mask = cat(values), cat(masks)
-    if sums:
-        factors, grads = zip(*((factor, grad) for i in sums for factor, grad in zip(inputs[i], sums[i]) if grad is not None))
-        known = _Known.apply(grads, *factors) / reduced(values, mask)[1].clamp(min=1)
-        values = values + (known if mask is None else known * mask)
+    if gradients:
+        known = [(grad, factor) for i in gradients for grad, factor in zip(gradients[i], inputs[i]) if grad is not None]
+        values = _Known.apply(values, mask, [grad for grad, _ in known], *(factor for _, factor in known))
     return values, mask, {name: tuple(map(cat, zip(*(m[name] for m in metrics)))) for name in metrics[0]}
 
 

@@ -417,7 +417,7 @@ class Decoder(nn.Module):
     def __init__(self, config: dict, where: str = "config", heads: dict[str, int] = LANGUAGE):
         super().__init__()
         self.config, self.shape, self.compiled, self.reward_tokens = config, read_shape(config, where), False, ()
-        self.temperature, self.keep = 1.0, None  # of the softmax that log-probs are of: and how much is kept, `linear_log_probs`
+        self.temperature, self.keep = 1.0, None  # of the softmax that log-probs are of, and its bytes that are kept
         self.model = Trunk(self.shape)
         if "lm_head" in heads:
             self.lm_head = nn.Linear(self.shape.hidden_size, self.shape.vocab_size, bias=False)

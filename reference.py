@@ -82,7 +82,8 @@ def teacher_source(run) -> dict[str, Callable]:
     vocab = model.read_shape(model.read_json(described), str(described)).vocab_size
 
     def highest(decoder, batch):
-        logits, chunk = decoder(batch, ["logits"])["logits"], losses.head_chunk(len(decoder.lm_head.weight), run.machine.device)
+        logits = decoder(batch, ["logits"])["logits"].ready()
+        chunk = losses.head_chunk(len(logits.weight), run.machine.device)
         parts = [logits.rows(slice(start, start + chunk)).topk(cfg.teacher_top_k) for start in range(0, len(logits.hidden), chunk)]
         return {"top": torch.cat([p.values for p in parts]), "index": torch.cat([p.indices for p in parts]).int()}
 

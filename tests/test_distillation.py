@@ -12,6 +12,7 @@ import losses
 import model
 import train
 from conftest import ROOT
+from launch import run
 from test_train import SMALL, assert_close, lines, options, weights
 
 
@@ -55,8 +56,45 @@ def test_gradients_that_are_made_with_the_values(monkeypatch):
     with torch.no_grad():
         assert not run(student).requires_grad
     assert not run(losses.Projected(*(x.detach() for x in student))).requires_grad
-    with pytest.raises(ValueError, match="a loss on logits has its gradient from them alone"):
+    with pytest.raises(ValueError, match="a tensor beside logits that are made in chunks requires a gradient"):
         losses.by_chunk(lambda logits, more: (logits.sum(-1) * more, None, {}), student, torch.ones(61, requires_grad=True))
+    with pytest.raises(TypeError, match="a coupled loss asks for those of a whole step"):
+        losses.objective(data="sft", per="tokens", coupled=True)(lambda logits: (logits.sum(-1), None, {}))
+
+
+def test_gradients_are_there_once_and_of_a_sum(monkeypatch):
+    """What they cannot be the gradient of makes them NaN, which a run finds, or is an error."""
+    student, teacher, label = made()
+    values = losses.by_chunk(losses.kd, student, teacher, label)[0]
+    weighted = torch.autograd.grad((values * torch.arange(37)).sum(), tuple(student))
+    assert all(g.isnan().all() for g in weighted)
+    with pytest.raises(RuntimeError, match="the gradients of a loss on logits are there for one backward"):
+        losses.by_chunk(losses.kd, student, teacher, label)
+        values.sum().backward()
+
+
+@pytest.mark.parametrize("n", [0, 1, 16, 37])
+def test_without_a_token_to_train_on_there_is_a_gradient_of_zero(n, monkeypatch):
+    monkeypatch.setattr(losses, "head_chunk", lambda vocab, device: 16)
+    student, teacher, label = made(n=n)
+    values, mask, _ = losses.by_chunk(losses.kd, student, teacher, torch.full_like(label, -100))
+    for x, g in zip(student, torch.autograd.grad(losses.reduced(values, mask)[0], tuple(student))):
+        assert g.shape == x.shape and not g.any()
+
+
+@pytest.mark.parametrize("more", ["lm", "sft"])
+def test_losses_on_logits_add_up(more, tmp_path, monkeypatch):
+    """Two of them, or one beside log-probs, of one head: with ranks that have no row, as micro-batches on one rank."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+2=", "completion": "3"}\n{"prompt": "12+2=", "completion": "14"}\n')
+    given = dict(objective={"kd": 1.0, more: 0.2}, train_data=tmp_path / "rows.jsonl", batch_size=2, max_steps=2, alpha=0.7)
+    for out, tokens, ranks in (("whole", 0, 1), ("parts", 8, 1), ("ranks", 0, 3)):
+        run(options(tmp_path, "kd", out, micro_batch_tokens=tokens, **given), ranks)
+    whole, parts, ranks = (weights(tmp_path / out / "model") for out in ("whole", "parts", "ranks"))
+    assert_close(whole, parts, 1e-9)
+    assert_close(whole, ranks, 1e-9)
+    assert lines(tmp_path / "whole")[0]["loss"] == pytest.approx(
+        lines(tmp_path / "whole")[0]["loss/kd"] + 0.2 * lines(tmp_path / "whole")[0][f"loss/{more}"], rel=1e-9)
 
 
 def test_top_logits_are_the_teacher_as_k_grows():
