@@ -1027,9 +1027,9 @@ def whiten(advantages: Tensor, action_mask: Tensor, sum_ranks: Callable = lambda
 
 def head_chunk(vocab_size: int, device: str = "cpu") -> int:
     """Rows of logits alive at once: a power of two, so that a chunk is about 128 MB in fp32 (512 MB on an accelerator)
-    whatever the vocabulary."""
+    whatever the vocabulary; at least 128, since products of fewer wait for memory."""
     budget = 2**25 if device == "cpu" else 2**27  # elements
-    return max(64, min(1024, 1 << (budget // vocab_size).bit_length() - 1))
+    return max(128, min(1024, 1 << (budget // vocab_size).bit_length() - 1))
 
 
 def _chunk_logps(hidden, weight, target, temperature, entropy, collision, softmax):
@@ -1202,7 +1202,7 @@ def by_chunk(loss: Callable, *inputs, **hyperparameters) -> tuple[Tensor, Tensor
         raise ValueError("a tensor beside logits that are made in chunks requires a gradient, and has none here; make an "
                          "objective of its own of it")
     device = unmade[0][0].device
-    chunk = head_chunk(max(len(x.weight) if isinstance(x, Projected) else x.vocab for x in unmade), device.type) // len(unmade)
+    chunk = head_chunk(len(unmade) * max(len(x.weight) if isinstance(x, Projected) else x.vocab for x in unmade), device.type)
     ready = [x if isinstance(x, Tensor) else x.ready() for x in inputs]
     gradients = {i: _zeros(*ready[i], *(factor.requires_grad for factor in x)) for i, x in enumerate(inputs)
                  if isinstance(x, Projected) and any(factor.requires_grad for factor in x) and torch.is_grad_enabled()}
