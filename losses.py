@@ -1021,8 +1021,8 @@ def whiten(advantages: Tensor, action_mask: Tensor, sum_ranks: Callable = lambda
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The fused linear -> log-prob, and losses on logits. No [N, V] exists: a chunk of rows at a time, made again in backward or (a
-# loss on logits, of a chunk) with the gradient at once.
+# The fused linear -> log-prob, and losses on logits. No [N, V] exists: a chunk of rows at a time, for log-probs made again in
+# backward, for losses on logits made once, with their gradient.
 
 
 def head_chunk(vocab_size: int, device: str = "cpu") -> int:
