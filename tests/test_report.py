@@ -55,7 +55,7 @@ def test_a_check_that_fails_loses_nothing(ranks, tmp_path):
                                        f"    return 1 / (prompt != {row['prompt']!r} or not Path({str(tmp_path / 'run/checkpoint-1')!r}).exists())\n")
     given = options(tmp_path, "dpo", config=tmp_path / "check.py", eval_prompts=ROWS["prompts"], max_new_tokens=2, max_steps=2, save_every=1, samples=0)
     failed = run(given, ranks, check=False)
-    assert failed.returncode != 0 and f"error: {ROWS['prompts']}:4: check check: ZeroDivisionError: division by zero; for the completion" in failed.stderr
+    assert failed.returncode != 0 and f"error: {ROWS['prompts']}:4: check check: ZeroDivisionError: division by zero ({tmp_path / 'check.py'}:4); for the completion" in failed.stderr
     assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     (tmp_path / "check.py").write_text(CHECK)  # mended: the eval that is missing is made
     done = run([*given, "--resume"], ranks)
