@@ -1132,9 +1132,8 @@ class _LinearLogProbs(torch.autograd.Function):
             for start in reversed(range(0, len(h), ctx.chunk)):  # first what was kept, which is gone then
                 rows = slice(start, start + ctx.chunk)
                 upstream = grad_logps[rows], grad_entropy[rows] if ctx.entropy else None
-                kept = ctx.softmax.pop(start, None)
-                _back(body(h[rows], w, target[rows], ctx.temperature, *upstream, kept), h, w, rows, grad_hidden, grad_weight)
-                del kept  # before the next chunk is made
+                _back(body(h[rows], w, target[rows], ctx.temperature, *upstream, ctx.softmax.pop(start, None)),
+                      h, w, rows, grad_hidden, grad_weight)
         return (None if grad_hidden is None else grad_hidden.to(hidden.dtype),
                 None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 7)
 

@@ -495,8 +495,9 @@ def test_a_failing_reward_loses_nothing(how, ranks, tmp_path, recorded, monkeypa
                                          .replace("def failing", "def reward"))
     failing = [f"--config={tmp_path / 'failing.py'}" if word.startswith("--config") else word for word in given]
     failed = run(failing, ranks, check=False, CALLS=str(tmp_path / "prompt"), HOW=how)
-    said = {"raises": "ZeroDivisionError: division by zero (", "nan": "returned nan, expected a number"}[how]
-    assert failed.returncode != 0 and f"error: {ROWS['prompts']}:{broken + 1}: reward reward: {said}" in failed.stderr and "; for the completion" in failed.stderr
+    line = 1 + next(i for i, text in enumerate((tmp_path / "failing.py").read_text().splitlines()) if "1 / 0" in text)
+    said = {"raises": f"ZeroDivisionError: division by zero ({tmp_path / 'failing.py'}:{line})", "nan": "returned nan, expected a number"}[how]
+    assert failed.returncode != 0 and f"error: {ROWS['prompts']}:{broken + 1}: reward reward: {said}; for the completion" in failed.stderr
     assert "Traceback" not in failed.stderr or ranks > 1
     assert [p.name for p in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-3"]
     run([*failing, "--resume"], ranks, CALLS=str(tmp_path / "nothing"), HOW=how)
