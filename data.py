@@ -924,14 +924,15 @@ def in_order(dataset: Dataset, size: int = 256) -> list[np.ndarray]:
 
 
 def stream_length(datasets: list[Dataset], batch_size: int, asked: int, answers: int = 0, answer: int = 0) -> int:
-    """T. 0: what holds the largest tree, and as much of an average step as 4,096 tokens take; a multiple of 128. Trees that are
-    yet to get that many answers of at most so many tokens may be cut to one answer: 0 is then at most LARGE if that holds one."""
+    """T. 0: what holds the largest tree, and most steps whole (an eighth above the average one) up to 4,096 tokens; a multiple of
+    128. Trees that are yet to get that many answers of at most so many tokens may be cut to one answer: 0 is then at most LARGE
+    if that holds one."""
     largest = max((d.examples[d.lengths.argmax()] for d in datasets), key=lambda e: e.length)
     least = largest.length + answer
     if asked and asked < least:
         raise ValueError(f"{largest.where}: a prompt with its responses takes {least} tokens and "
                          f"micro_batch_tokens is {asked}; set it to {-(-least // 128) * 128} or to 0, or cut max_length")
-    step = batch_size * (int(datasets[0].lengths.mean()) + answers * answer)
+    step = math.ceil(9 / 8 * batch_size * (datasets[0].lengths.mean() + answers * answer))
     whole = largest.length + answers * answer
     return asked or -(-max(least, min(whole, LARGE) if answer else whole, min(4096, step)) // 128) * 128
 

@@ -897,7 +897,8 @@ def test_padding_of_a_large_step_is_below_1_percent(prompt, response):
 def test_stream_length():
     dataset = as_dataset([PAIR, SINGLE])
     assert data.stream_length([dataset], 1, 0) == 128 and data.stream_length([dataset], 1, 6) == 6
-    assert data.stream_length([dataset], 100, 0) == 512  # an average step is 450 tokens
+    assert data.stream_length([dataset], 100, 0) == 512  # an average step is 450 tokens, and with an eighth more 506
+    assert data.stream_length([dataset], 110, 0) == 640  # 495, and 557
     assert data.stream_length([dataset], 10**6, 0) == 4096
     long = tree([1] * 5000, [[1]], [[1]])._replace(where="eval.jsonl:7")
     assert data.stream_length([dataset, as_dataset([long])], 1, 0) == 5120  # whichever set it is in
