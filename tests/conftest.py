@@ -6,7 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests side by side have a core each
+    os.environ["OMP_NUM_THREADS"] = "1"
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

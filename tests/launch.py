@@ -42,10 +42,10 @@ def run(arguments: list, ranks: int = 1, check: bool = True, timeout: float = 60
     """The run on so many ranks, to its end: returncode, and what all ranks printed. When a rank fails, the others have ten seconds to
     follow; after `timeout` seconds they are ended."""
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # it keeps the port for the ranks, from whoever looks for one
         free.bind(("localhost", 0))
         address = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(ranks))
         said = [f"{folder}/out", f"{folder}/err"]
-        free.close()
         places = [dict(address, RANK=str(rank), LOCAL_RANK=str(rank)) if ranks > 1 else {} for rank in range(ranks)]
         processes = [start(arguments, said, **environment, **place) for place in places]
         end, grace = time.monotonic() + timeout, 10
