@@ -823,7 +823,7 @@ def bench_start(o):
             large.write_text("".join(rows * -(-100_000 // len(rows))))
             gc.collect()
             before, begin = resident("VmRSS"), time.perf_counter()
-            dataset = data.load(str(large), kind, tokenizer, config.Config(cache_dir=folder))
+            dataset = data.load(str(large), kind, tokenizer, config.Config(cache_dir=folder), False)
             seconds, held = time.perf_counter() - begin, resident("VmRSS") - before
             drafts = [data.FORMATS[kind](json.loads(row), "all", False) for row in rows]
             texts = [text for d in drafts for text in (d.prompt, *(d.prompt + response for response in d.responses))]

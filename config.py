@@ -134,7 +134,8 @@ CHOICES = {"bad_rewards": ("error", "skip"),
 AT_LEAST = {"max_length": 2, "f_divergence": -math.inf} | dict.fromkeys(  # of other numbers: 0
     ("batch_size", "log_every", "keep_checkpoints", "max_skipped_steps", "max_new_tokens", "rollout_batch", "samples_per_prompt",
      "rollout_epochs", "kl_horizon"), 1)
-AT_MOST = dict.fromkeys(("top_p", "min_p", "gamma", "lam"), 1)
+AT_MOST = dict.fromkeys(("top_p", "min_p", "lam"), 1)
+TWO = ("betas", "reward_tokens")  # values, or none of the latter
 ELSEWHERE = {  # what other trainers call a key -> ours
     "learning_rate": "lr", "num_train_epochs": "epochs", "num_epochs": "epochs", "per_device_train_batch_size": "batch_size",
     "train_batch_size": "batch_size", "gradient_accumulation_steps": "micro_batch_tokens", "model": "init_from",
@@ -169,6 +170,8 @@ def checked(key: str, value, kind, where: str):
         raise ValueError(f"{where}: {key} = {value!r}; expected at least {AT_LEAST.get(key, 0)}")
     if key in AT_MOST and not value <= AT_MOST[key]:
         raise ValueError(f"{where}: {key} = {value!r}; expected at most {AT_MOST[key]}")
+    if key in TWO and len(value) != 2 and value != getattr(Config, key):
+        raise ValueError(f"{where}: {key} = {value!r}; expected two values")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where}: {key} = {value}; expected a finite number")
     return value
@@ -268,7 +271,7 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
                 raise ValueError(f"{where}: {'+'.join(weights)} has no hyperparameter {key!r} (it belongs to {', '.join(owners)})")
             raise ValueError(f"{where}: unknown key {key!r:.40}.{suggestion(key, [*TYPES, *hyperparameters], ELSEWHERE)} "
                              f"`python train.py --help` lists every key")
-    bound = {name: {k: values.get(f"{name}_{k}", values.get(k, default))
+    bound = {name: {k: next((values[key] for key in (f"{name}_{k}", k) if key in source), default)
                     for k, default in OBJECTIVES[name].hyperparameters.items()} for name in weights}
     return types.SimpleNamespace(**values, weights=weights, bound=bound)
 
@@ -315,20 +318,24 @@ def rolls(cfg: types.SimpleNamespace, read=None) -> bool:
     return any(OBJECTIVES[name].data == "prompts" for name in cfg.weights)
 
 
+def has(cfg: types.SimpleNamespace, hyperparameter: str) -> bool:
+    """Whether a loss of the run has one of that name."""
+    return any(hyperparameter in given for given in cfg.bound.values())
+
+
 NEEDS = {  # key -> (config, streams that losses read) -> is it read; and what that takes
     **dict.fromkeys(("reward", "bad_rewards", "rollout_prompts", "rollout_epochs", "samples_per_prompt", "advantages",
                      "reward_clip", "missing_eos_penalty", "overlong_buffer", "filter_groups", "kl_coef", "top_k", "top_p",
                      "min_p"), (rolls, "a loss on prompts")),
     **dict.fromkeys(("rollout_batch", "stop"),
                     (lambda cfg, read: rolls(cfg) or cfg.eval_prompts, "a loss on prompts or eval_prompts")),
-    "temperature": (lambda cfg, read: rolls(cfg) or any("temperature" in given for given in cfg.bound.values()),
-                    "a loss on prompts, or distillation"),
+    "temperature": (lambda cfg, read: rolls(cfg) or has(cfg, "temperature"), "a loss on prompts, or distillation"),
     "reward_workers": (lambda cfg, read: any(map(callable, rewards(cfg))), "a reward that is a function"),
     "reward_timeout": (lambda cfg, read: cfg.reward_workers, "reward_workers"),
     "overlong_penalty": (lambda cfg, read: cfg.overlong_buffer, "overlong_buffer"),
     "filter_rounds": (lambda cfg, read: cfg.filter_groups, "filter_groups"),
-    "gamma": (lambda cfg, read: rolls(cfg) and ("values" in read or cfg.advantages in ("gae", "reinforce", "reinforce_baseline")),
-              "advantages or a critic that look ahead"),
+    "gamma": (lambda cfg, read: has(cfg, "gamma") or rolls(cfg) and (
+        "values" in read or cfg.advantages in ("gae", "reinforce", "reinforce_baseline")), "advantages or a critic that look ahead"),
     "lam": (lambda cfg, read: cfg.advantages == "gae", "advantages = 'gae'"),
     "kl_target": (lambda cfg, read: cfg.kl_coef, "kl_coef"), "kl_horizon": (lambda cfg, read: cfg.kl_target, "kl_target"),
     **dict.fromkeys(("critic", "critic_lr", "critic_warmup"), (lambda cfg, read: "values" in read, "the value loss")),

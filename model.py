@@ -532,7 +532,8 @@ def find_folder(name: str) -> Path:
         raise ValueError("no model is named; set init_from to a folder, a hub name (owner/name), a config file or 'scratch'")
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~", "out/")):
         parts = sorted((path.name for path in Path(name).glob("checkpoint-*")), key=lambda part: (len(part), part))
-        found = f"no config.json there{f', but {parts[-1]}' * bool(parts)}" if Path(name).exists() else "no such folder"
+        but = f", but {parts[-1]}" if parts else ""
+        found = f"no config.json there{but}" if Path(name).exists() else "no such folder"
         raise ValueError(f"{name}: {found}; expected a model folder in Hugging Face layout, "
                          f"a hub name (owner/name), a config file (.py) or 'scratch'")
     try:

@@ -164,10 +164,10 @@ def ready():
 
 
 def call(given: tuple) -> tuple:
-    """(a number or what was returned, what went wrong): nothing else crosses between processes."""
+    """(a number, or text, which is none, and what went wrong): nothing else crosses between processes."""
     try:
         value = function(*given)
-        return (value if isinstance(value, (int, float)) else float(value)), ""
+        return (value if isinstance(value, (int, float, str)) else float(value)), ""
     except Exception as error:
         return None, told(error)
 

@@ -143,8 +143,10 @@ def generate(decoder, prompts: list[list[int]], *, max_new_tokens: int, stop: se
         return []
     keys, count, weight = keys or [(0, i) for i in range(len(prompts))], n * len(prompts), decoder.lm_head.weight
     capacity = -(-(max(longest, *map(len, prompts)) + max_new_tokens) // 64) * 64
-    if decoder.shape.gpt2:
-        capacity = min(capacity, decoder.shape.max_positions)  # learned positions end
+    if decoder.shape.gpt2:  # learned positions end
+        capacity = min(capacity, decoder.shape.max_positions)
+        if (most := max(map(len, prompts))) > capacity:
+            raise ValueError(f"a prompt of {most} tokens, and the model has {capacity} positions; shorten it, or set max_length")
     slots = Slots(decoder, min(batch, count), capacity, max_new_tokens)
     step, stance = (losses.compiled(decode, dynamic=False), "default") if compiled else (decode, "force_eager")
     stops = torch.isin(torch.arange(len(weight), device=weight.device), torch.tensor(sorted(stop), device=weight.device))
@@ -365,6 +367,8 @@ class Rollouts:
                              f"{{'ppo': 1.0, 'value': 0.5}}")
         if cfg.temperature == 0:
             raise ValueError("temperature = 0 answers a prompt in one way only; rollouts draw theirs: set it above 0")
+        if cfg.gamma > 1:
+            raise ValueError(f"gamma = {cfg.gamma}: a reward would count more the later it comes; set it to at most 1")
         self.machine, self.decoder, self.tokenizer, self.layout = run.machine, run.decoder, run.tokenizer, run.layout
         self.prompts, self.size = run.datasets["train"], cfg.rollout_prompts or cfg.batch_size
         if self.size % cfg.batch_size:

@@ -138,7 +138,9 @@ def lines(found: list[list], dataset: data.Dataset) -> list[dict]:
 def score(options, cfg):
     scorer = opened(options.model, cfg)
     first = next(data.read_rows(options.data), (None, {}))[1]
-    first = json.loads(first) if isinstance(first, bytes) else first
+    with contextlib.suppress(ValueError):
+        first = json.loads(first) if isinstance(first, bytes) else first
+    first = first if isinstance(first, dict) else {}  # a bad row: loading says so
     kind = "preference" if {"chosen", "responses"} & first.keys() else "sft"
     kind = options.kind or ("steps" if scorer.stream == "step_logits" else kind)
     dataset = data.load(options.data, kind, scorer.tokenizer, scorer.cfg)

@@ -78,7 +78,8 @@ def test_values_of_the_command_line(arguments, key, value):
     (["--lr=True"], "lr = True is a bool; expected float"),
     (["--objective=dpo", "--nll_coef=some"], "nll_coef = 'some' is a str; expected float"),
     (["--resume=1"], "resume = 1 is a int; expected bool"),
-    (["--betas=0.9"], "betas = 0.9 is a float; expected tuple"),
+    (["--betas=0.9"], "betas = 0.9 is a float; expected tuple"), (["--betas=(0.9,)"], r"betas = \(0.9,\); expected two values"),
+    (["--reward_tokens=('good',)"], r"reward_tokens = \('good',\); expected two values"),
     (["--train_data=123"], "train_data = 123 is a int; expected str or list"),
     (["--scratch={[]: 1}"], "scratch = .* is a str; expected dict"),
     (["--check=print"], "check = 'print' is a str; expected function"),
@@ -159,6 +160,17 @@ def test_an_option_that_a_loss_would_not_heed_is_refused(arguments):
 def test_a_reference_that_nothing_reads_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         config.terms(load(*arguments), False)
+
+
+def test_a_key_of_the_run_that_a_loss_has_too(monkeypatch):
+    """SimPO's margin is called gamma, and so is the discount of rollouts: each has its own default and its own bound."""
+    (term,) = config.terms(load("--objective=simpo", "--gamma=1.5"), False)
+    assert term.hyperparameters == dict(beta=2.0, gamma=1.5) and load("--objective=simpo", "--simpo_gamma=0.3").bound["simpo"]["gamma"] == 0.3
+    monkeypatch.setitem(OBJECTIVES, "cold", OBJECTIVES["simpo"]._replace(name="cold", hyperparameters=dict(gamma=0.3, temperature=2.0)))
+    assert load("--objective=cold").bound["cold"] == dict(gamma=0.3, temperature=2.0)
+    assert load("--objective=cold", "--gamma=0.5").bound["cold"] == dict(gamma=0.5, temperature=2.0)
+    with pytest.raises(ValueError, match="gamma = 0.5 does nothing in dpo without"):
+        config.terms(load("--objective=dpo", "--gamma=0.5"), False)
 
 
 def test_hyperparameters_that_several_losses_have():

@@ -102,6 +102,14 @@ def test_broken_folders_are_clear_errors(tmp_path, break_it, message):
         model.load(tmp_path)
 
 
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}: no config.json there; expected a model folder"):
+        model.find_folder(str(tmp_path))
+    (tmp_path / "checkpoint-7").mkdir()
+    with pytest.raises(ValueError, match="no config.json there, but checkpoint-7; expected a model folder"):
+        model.find_folder(str(tmp_path))
+
+
 def one_at_a_time(decoder, example):
     """Log-probs of the scored tokens of each response, from full logits of one sequence at a time: the oracle."""
     out = []

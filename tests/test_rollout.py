@@ -59,6 +59,8 @@ def test_learned_positions_end_an_answer():
     (long,), (short,) = rollout.generate(decoder, [list(range(20)), [1]], max_new_tokens=50, stop=set())
     assert (len(long.ids), len(short.ids), long.ended) == (12, 31, False)
     assert long.ids == decoder.logits(torch.tensor([*range(20), *long.ids])).argmax(-1)[19:-1].tolist()
+    with pytest.raises(ValueError, match="a prompt of 33 tokens, and the model has 32 positions"):
+        rollout.generate(decoder, [list(range(33))], max_new_tokens=1, stop=set())
 
 
 def test_what_an_answer_is_depends_on_its_key_alone():
@@ -217,14 +219,15 @@ def test_a_reward_that_hangs_is_ended(tmp_path):
     file = tmp_path / "slow.py"
     file.write_text("import os, time\nclass Odd(Exception):\n    def __init__(self, a, b):\n        pass\ndef judge(prompt, completion, row):\n    if completion == 'hang':\n        time.sleep(600)\n"
                     "    if completion == 'raise':\n        raise KeyError('answer')\n"
-                    "    if completion == 'odd':\n        raise Odd(1, 2)\n    if completion == 'die':\n        os._exit(1)\n    return len(completion)\n")
+                    "    if completion == 'odd':\n        raise Odd(1, 2)\n    if completion == 'die':\n        os._exit(1)\n    return '1' if completion == 'text' else len(completion)\n")
     function = config.runpy.run_path(str(file))["judge"]
     give = reward.by_function(function, workers=2, timeout=1.0)
-    said = give([example({"prompt": "p"}, "rows.jsonl:7")], [["a", "hang", "bbb", "raise", "cc", "odd", "die", "dddd"]])[0]
+    said = give([example({"prompt": "p"}, "rows.jsonl:7")], [["a", "hang", "bbb", "raise", "cc", "odd", "die", "dddd", "text"]])[0]
     assert (said[0], said[2], said[4], said[7]) == (1.0, 3.0, 2.0, 4.0)
     assert said[1].startswith("rows.jsonl:7: reward judge: TimeoutError: no answer within reward_timeout = 1 seconds")
     assert said[3].startswith(f"rows.jsonl:7: reward judge: KeyError: 'answer' ({file}:9); for") and "reward judge: Odd:" in said[5]
     assert "no answer within reward_timeout = 1 seconds: it hangs, or its process died" in said[6]
+    assert said[8].startswith("rows.jsonl:7: reward judge: returned '1', expected a number")
     with pytest.raises(ValueError, match="not at the top of"):
         reward.by_function(lambda prompt, completion, row: 1.0, workers=1)
 
@@ -569,6 +572,7 @@ def test_models_judge_answers(tmp_path, recorded):
     (dict(samples_per_prompt=1), "advantages = 'group_norm' compare the answers to one prompt; set samples_per_prompt above 1"),
     (dict(rollout_prompts=20), "rollout_prompts = 20 are no whole number of steps of batch_size = 13"),
     (dict(temperature=0), "temperature = 0 answers a prompt in one way only"),
+    (dict(advantages="reinforce", gamma=1.5), "gamma = 1.5: a reward would count more the later it comes; set it to at most 1"),
     (dict(max_new_tokens=64), "max_new_tokens = 64 leaves nothing for the prompt"),
     (dict(micro_batch_tokens=8), "a prompt with its responses takes 18 tokens and micro_batch_tokens is 8"),
     (dict(reward="nowhere"), "nowhere: no such folder"),

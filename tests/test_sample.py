@@ -67,6 +67,13 @@ def test_scores_of_rows_are_in_their_order(reward_run, tmp_path, monkeypatch):
     assert [json.loads(line)["score"] for line in open(tmp_path / "o.jsonl")] == pytest.approx([*found[0].values()], abs=1e-4)
 
 
+@pytest.mark.parametrize("line, said", [("[1]", "expected an object, found list"), ("{", "not JSON")])
+def test_a_bad_first_row_is_named(line, said, reward_run, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(f"{line}\n" + json.dumps(pairs()[0]) + "\n")
+    with pytest.raises(SystemExit, match=f"error: {tmp_path / 'rows.jsonl'}:1: {said}"):
+        sample.main(["score", f"--model={reward_run}", f"--data={tmp_path / 'rows.jsonl'}", "--device=cpu"])
+
+
 def test_log_probs_of_a_language_model_are_scored_too(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     train.train(config.load(options(tmp_path, "sft", max_steps=1, dtype="float32")))
