@@ -70,7 +70,7 @@ class Config:
     grad_clip: float = 1.0  # norm of the whole gradient; 0: no clipping
     max_skipped_steps: int = 10  # steps are skipped whose loss or gradient is not finite; so many in a row at a log line: stop
     seed: int = 0  # order of rows, new weights
-    reference: str = ""  # model folder of the frozen reference; default: init_from's
+    reference: str = ""  # model folder, hub name or config file of the frozen reference; default: init_from's
     teacher: str = ""  # distillation: model folder, hub name or config file whose model is imitated
     teacher_top_k: int = 0  # keep its k highest logits of each token on disk, computed once; 0: run it in every step
     reference_live: bool = False  # run the reference in every step instead of once per row, cached on disk
@@ -335,7 +335,8 @@ NEEDS = {  # key -> (config, streams that losses read) -> is it read; and what t
     "overlong_penalty": (lambda cfg, read: cfg.overlong_buffer, "overlong_buffer"),
     "filter_rounds": (lambda cfg, read: cfg.filter_groups, "filter_groups"),
     "gamma": (lambda cfg, read: has(cfg, "gamma") or rolls(cfg) and (
-        "values" in read or cfg.advantages in ("gae", "reinforce", "reinforce_baseline")), "advantages or a critic that look ahead"),
+        "values" in read or cfg.advantages in ("gae", "reinforce", "reinforce_baseline")),
+              "advantages or a critic that look ahead"),
     "lam": (lambda cfg, read: cfg.advantages == "gae", "advantages = 'gae'"),
     "kl_target": (lambda cfg, read: cfg.kl_coef, "kl_coef"), "kl_horizon": (lambda cfg, read: cfg.kl_target, "kl_target"),
     **dict.fromkeys(("critic", "critic_lr", "critic_warmup"), (lambda cfg, read: "values" in read, "the value loss")),
@@ -359,7 +360,7 @@ def data_kind(cfg: types.SimpleNamespace) -> str:
 
 def models(cfg: types.SimpleNamespace) -> list[str]:
     """Every folder or config of a model that the run begins with."""
-    return [cfg.init_from, cfg.teacher, cfg.critic, *[name for name in rewards(cfg) if isinstance(name, str)]]
+    return [cfg.init_from, cfg.reference, cfg.teacher, cfg.critic, *[name for name in rewards(cfg) if isinstance(name, str)]]
 
 
 def rewards(cfg: types.SimpleNamespace) -> dict:

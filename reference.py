@@ -1,11 +1,10 @@
 """Columns of a batch that need a forward but no gradient: log-probs of the frozen reference, a teacher's logits, KTO's estimate of
 the KL, and what a coupled loss reads of the whole step.
 
-A source is made once a run, from train.Run: {split: add}, where add(batches, epoch) puts a column into each micro-batch of a
-step. Frozen models are loaded from their own folders, never taken from the live one (a resumed run has the same reference), and
-run through the training path: at step 0 policy and reference agree to the last bits.
+A source is made once a run, from train.Run: add(split, batches, epoch), which puts a column into each micro-batch of a step.
+Frozen models are loaded from their own folders, never taken from the live one (a resumed run has the same reference), and run
+through the training path: at step 0 policy and reference agree to the last bits.
 """
-import functools
 import gc
 import hashlib
 import os
@@ -27,46 +26,51 @@ def frozen(run, name: str, outputs: list[str]) -> model.Decoder:
     return model.without_masters(decoder, run.machine.dtype)
 
 
+def reference_folder(run) -> str:
+    return run.folder_of(run.cfg.reference or run.cfg.init_from)
+
+
 def frozen_reference(run) -> model.Decoder:
-    return frozen(run, run.cfg.reference or run.start_from, ["log_probs"])
+    folder = reference_folder(run)
+    if run.cfg.reference:
+        run.tokenizer.same_ids(data.Tokenizer(model.find_folder(folder)))
+    return frozen(run, folder, ["log_probs"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources
 
 
-def reference_source(run) -> dict[str, Callable]:
+def reference_source(run) -> Callable:
     """reference_log_probs: from the table on disk, or of a model that runs in every step."""
-    def from_table(dataset):
-        table = reference_table(run, dataset)
-
-        def add(batches, epoch):
-            for batch in batches:
-                batch["reference_log_probs"] = table[batch["scored_index"]]
-        return add
     if run.cfg.reference_live:
         return live(run, frozen_reference(run), "log_probs", "reference_log_probs")
-    return {split: from_table(dataset) for split, dataset in run.datasets.items()}
+    tables = {split: reference_table(run, dataset) for split, dataset in run.datasets.items()}
+
+    def add(split, batches, epoch):
+        for batch in batches:
+            batch["reference_log_probs"] = tables[split][batch["scored_index"]]
+    return add
 
 
-def live(run, decoder, output: str, column: str) -> dict[str, Callable]:
+def live(run, decoder, output: str, column: str) -> Callable:
     """A frozen model that runs in every step."""
-    def add(batches, epoch):
+    def add(split, batches, epoch):
         for batch in batches:
             with torch.no_grad(), run.machine.autocast():
                 batch[column] = decoder(batch, [output])[output]
-    return dict.fromkeys(run.datasets, add)
+    return add
 
 
-def teacher_source(run) -> dict[str, Callable]:
+def teacher_source(run) -> Callable:
     """teacher_logits, not yet made: the teacher's hidden states and its head; or its highest ones, from the disk."""
-    cfg = run.cfg
-    if not run.teacher:
+    cfg, teacher = run.cfg, run.folder_of(run.cfg.teacher)
+    if not teacher:
         raise ValueError("distillation needs teacher, a model folder or a config file")
-    run.tokenizer.same_ids(data.Tokenizer(model.find_folder(run.teacher)))
+    run.tokenizer.same_ids(data.Tokenizer(model.find_folder(teacher)))
 
     def load():
-        decoder = frozen(run, run.teacher, ["logits"])
+        decoder = frozen(run, teacher, ["logits"])
         for dataset in run.datasets.values():
             model.check_lengths(decoder, dataset)
         return decoder
@@ -78,7 +82,7 @@ def teacher_source(run) -> dict[str, Callable]:
     known = run.tokenizer.fast.get_vocab_size()
     if cfg.teacher_top_k > known:
         raise ValueError(f"teacher_top_k = {cfg.teacher_top_k} and the vocabulary has {known} tokens")
-    described = model.find_folder(run.teacher) / "config.json"
+    described = model.find_folder(teacher) / "config.json"
     vocab = model.read_shape(model.read_json(described), str(described)).vocab_size
 
     def highest(decoder, batch):
@@ -87,46 +91,40 @@ def teacher_source(run) -> dict[str, Callable]:
         parts = [logits.rows(slice(start, start + chunk)).topk(cfg.teacher_top_k) for start in range(0, len(logits.hidden), chunk)]
         return {"top": torch.cat([p.values for p in parts]), "index": torch.cat([p.indices for p in parts]).int()}
 
-    def of(dataset):
-        what = f"teacher's {cfg.teacher_top_k} highest logits"
-        tables = precomputed(run, dataset, what, load, highest, fingerprint(run.teacher, cfg))
+    what, weights = f"teacher's {cfg.teacher_top_k} highest logits", fingerprint(teacher, cfg)
+    tables = {split: precomputed(run, dataset, what, load, highest, weights) for split, dataset in run.datasets.items()}
 
-        def add(batches, epoch):
-            for batch in batches:
-                at = batch["scored_index"]
-                batch["teacher_logits"] = losses.TopLogits(tables["top"][at], tables["index"][at], vocab)
-        return add
-    return {split: of(dataset) for split, dataset in run.datasets.items()}
+    def add(split, batches, epoch):
+        for batch in batches:
+            at = batch["scored_index"]
+            batch["teacher_logits"] = losses.TopLogits(tables[split]["top"][at], tables[split]["index"][at], vocab)
+    return add
 
 
-def mismatched_source(run) -> dict[str, Callable]:
+def mismatched_source(run) -> Callable:
     """policy_KL_logps and reference_KL_logps, KTO's estimate of the KL: log-probs of the step's prompts with responses of other
     prompts, under the current policy, by a pass without gradient, and under the reference, looked up. All ranks get those of
     the whole step."""
-    machine = run.machine
+    machine, made = run.machine, {}  # split -> (epoch, its rows, their table)
 
-    def of(dataset):
-        @functools.lru_cache(maxsize=1)
-        def rows_of(epoch):
-            rows = data.mismatched(dataset, run.cfg.seed, epoch)
-            return rows, reference_table(run, rows) if "reference_KL_logps" in run.streams else None
-
-        def add(batches, epoch):
-            rows, table = rows_of(epoch)
-            mine = np.array(sorted(i for batch in batches for i in batch["members"]), np.int64)
-            parts = {"policy_KL_logps": [], "reference_KL_logps": []}
-            with torch.no_grad(), machine.autocast():
-                for batch in data.micro_batches(rows, mine, run.layout)[0]:
-                    of_policy = run.decoder(batch, ["log_probs"])["log_probs"]
-                    parts["policy_KL_logps"].append(losses.sums(batch, of_policy))
-                    if table is not None:
-                        parts["reference_KL_logps"].append(losses.sums(batch, table[batch["scored_index"]]))
-            for name in [name for name, logps in parts.items() if logps]:
-                logps = torch.cat(machine.gather(torch.cat(parts[name])))
-                for batch in batches:
-                    batch[name] = logps
-        return add
-    return {split: of(dataset) for split, dataset in run.datasets.items()}
+    def add(split, batches, epoch):
+        if split not in made or made[split][0] != epoch:
+            rows = data.mismatched(run.datasets[split], run.cfg.seed, epoch)
+            made[split] = epoch, rows, reference_table(run, rows) if "reference_KL_logps" in run.streams else None
+        _, rows, table = made[split]
+        mine = np.array(sorted(i for batch in batches for i in batch["members"]), np.int64)
+        parts = {"policy_KL_logps": [], "reference_KL_logps": []}
+        with torch.no_grad(), machine.autocast():
+            for batch in data.micro_batches(rows, mine, run.layout)[0]:
+                of_policy = run.decoder(batch, ["log_probs"])["log_probs"]
+                parts["policy_KL_logps"].append(losses.sums(batch, of_policy))
+                if table is not None:
+                    parts["reference_KL_logps"].append(losses.sums(batch, table[batch["scored_index"]]))
+        for name in [name for name, logps in parts.items() if logps]:
+            logps = torch.cat(machine.gather(torch.cat(parts[name])))
+            for batch in batches:
+                batch[name] = logps
+    return add
 
 
 SOURCES = {"reference_log_probs": reference_source, "teacher_logits": teacher_source, "policy_KL_logps": mismatched_source,
@@ -135,25 +133,26 @@ SOURCES = {"reference_log_probs": reference_source, "teacher_logits": teacher_so
 
 def running_source(running: dict) -> Callable:
     """Means over all earlier steps. running: name -> sum and count of a metric."""
-    def add(batches: list[dict], epoch: int):
+    def add(split, batches, epoch):
         means = {name: total / count.clamp(min=1) for name, (total, count) in running.items()}
         for batch in batches:
             batch.update(means)
     return add
 
 
-def step_source(decoder, terms: list, outputs: list[str], machine) -> Callable:
+def step_source(run) -> Callable:
     """What coupled losses read of the whole step, by a pass without gradient. Runs after all other sources. (An eval couples
     the rows of each piece of data.in_order; alone in its step, a micro-batch needs no pass.)"""
-    wanted = {name: reading for term in terms if term.objective.coupled for name, reading in term.reads.items()}
+    wanted = {name: reading for term in run.terms if term.objective.coupled for name, reading in term.reads.items()}
+    machine = run.machine
 
-    def add(batches: list[dict], epoch: int):
+    def add(split, batches, epoch):
         if machine.world == len(batches) == 1:
             batches[0]["step"] = losses.Step(1, {})
             return
         with torch.no_grad(), machine.autocast():
             mine = [{name: losses.read(reading, available) for name, reading in wanted.items()}
-                    for available in ({**batch, **decoder(batch, outputs)} for batch in batches)]
+                    for available in ({**batch, **run.decoder(batch, run.outputs)} for batch in batches)]
         for name in [name for name, own in mine[0].items() if own.dim() > 1]:
             raise ValueError(f"{name} has shape {tuple(mine[0][name].shape)}: a coupled loss reads (n,) and () tensors alone")
         parts = sum(machine.share(len(batches)))
@@ -175,7 +174,7 @@ def step_source(decoder, terms: list, outputs: list[str], machine) -> Callable:
 
 def reference_table(run, dataset: data.Dataset) -> torch.Tensor:
     """The reference's log-probs of every scored token, (dataset.offsets[-1],)."""
-    weights = fingerprint(run.cfg.reference or run.start_from, run.cfg)
+    weights = fingerprint(reference_folder(run), run.cfg)
     of = lambda decoder, batch: decoder(batch, ["log_probs"])
     return precomputed(run, dataset, "reference log-probs", lambda: frozen_reference(run), of, weights)["log_probs"]
 
@@ -186,7 +185,7 @@ def precomputed(run, dataset: data.Dataset, what: str, load: Callable, of: Calla
     machine = run.machine
     path = Path(run.cfg.cache_dir).expanduser() / f"reference-{key(run, dataset, what, weights)}.safetensors"
     tables = read(path, int(dataset.offsets[-1]))
-    if machine.sum(torch.tensor(float(tables is None), device=machine.device)) == 0:  # every rank has it
+    if not machine.any(tables is None):
         run.say(f"{what} of {len(dataset):,} rows: cached in {run.cfg.cache_dir}")
         return {name: table.to(machine.device) for name, table in tables.items()}
     decoder = load()

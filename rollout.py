@@ -324,9 +324,6 @@ ADVANTAGES = {"gae": by_gae, "reinforce": by_return, "reinforce_baseline": by_ce
 # Rollouts
 
 
-COLUMNS = ("old_log_probs", "rollout_log_probs", "reference_log_probs", "old_values", "advantages", "returns")
-
-
 class Group(NamedTuple):
     """A prompt and its answers."""
     example: int  # of the dataset of prompts
@@ -348,16 +345,17 @@ def written(tokenizer: data.Tokenizer, answer: Answer) -> str:
     return tokenizer.decode(answer.ids[:-1] if answer.ids[-1] in tokenizer.stops else answer.ids)
 
 
-def answered(e: data.Example, answers: list[Answer]) -> data.Example:
-    """A prompt with answers as its responses."""
-    return data.with_responses(e, [np.array(answer.ids, np.int32) for answer in answers])
+def answered(tokenizer: data.Tokenizer, prompts: list[data.Example], answers: list[list[Answer]]) -> tuple[list, list]:
+    """Prompts with their answers as responses, and the answers' texts: what a reward is asked about."""
+    trees = [data.with_responses(e, [np.array(answer.ids, np.int32) for answer in some]) for e, some in zip(prompts, answers)]
+    return trees, [[written(tokenizer, answer) for answer in some] for some in answers]
 
 
 class Rollouts:
     """The steps of a run whose rows are prompts: every few of them, new answers of the policy as it is then."""
-    provides = frozenset(COLUMNS)
+    provides = frozenset({"old_log_probs", "rollout_log_probs", "reference_log_probs", "old_values", "advantages", "returns"})
 
-    def __init__(self, run, folder_of: Callable):
+    def __init__(self, run):
         cfg = self.cfg = run.cfg
         if not cfg.reward:
             raise ValueError("rollouts need reward: a function (prompt, completion, row) -> number in the config file, or the "
@@ -381,7 +379,7 @@ class Rollouts:
         self.minibatches = self.size // cfg.batch_size
         self.steps = self.minibatches * cfg.rollout_epochs  # of a rollout
         self.per_epoch = -(-len(self.prompts) // self.size) * self.steps
-        self.rewards = reward.rewards(cfg, run.machine, run.tokenizer, folder_of)
+        self.rewards = reward.rewards(cfg, run.machine, run.tokenizer, run.folder_of)
         once = self.steps == 1 and not cfg.kl_coef  # log-probs of before the only update are those that it computes itself
         self.outputs = ["log_probs"] * (not once) + ["values"] * ("values" in run.streams)
         self.reference = reference.frozen_reference(run) if cfg.kl_coef or "reference_log_probs" in run.streams else None
@@ -392,11 +390,6 @@ class Rollouts:
         self.sampler, self.longest = None, max(len(e.prompt) for e in self.prompts.examples)
         self.drawn, self.kl_coef, self.now = 0, cfg.kl_coef, None  # prompts drawn so far
         self.warned = False  # of rewards that are clipped
-
-    @staticmethod
-    def stream_length(datasets: dict, cfg) -> int:
-        return data.stream_length([datasets["train"]], cfg.batch_size, cfg.micro_batch_tokens, cfg.samples_per_prompt,
-                                  cfg.max_new_tokens)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -412,8 +405,8 @@ class Rollouts:
         mine = np.array_split(order, self.minibatches)[minibatch]
         return self.now.dataset, np.concatenate([self.now.pieces[i] for i in mine])
 
-    def add(self, batches: list[dict], epoch: int):
-        """A source of columns."""
+    def add(self, batches: list[dict]):
+        """The columns of a step."""
         for batch in batches:
             batch["old_log_probs"] = None
             batch.update({name: column[batch["scored_index"]] for name, column in self.now.columns.items()})
@@ -461,8 +454,7 @@ class Rollouts:
                 sampling=Sampling.of(cfg), keys=[(cfg.seed, place) for place in places[share]], compiled=machine.compiled,
                 longest=self.longest, show="answers" if machine.rank == 0 else ""))
             clock["generate"] += time.perf_counter() - begin
-            return self.rewards([answered(e, some) for e, some in zip(examples, answers)],
-                                [[written(self.tokenizer, answer) for answer in some] for some in answers])
+            return self.rewards(*answered(self.tokenizer, examples, answers))
         said = reward.together(machine, ask, cfg.bad_rewards)
         every = machine.share(answers)
         clock["draw"] += time.perf_counter() - begin
@@ -475,7 +467,7 @@ class Rollouts:
         """Groups as examples that fit into a stream: where the answers to a prompt do not, it is there more than once."""
         examples, pieces = [], []
         for g in groups:
-            whole = answered(self.prompts.examples[g.example], g.answers)
+            whole = data.with_responses(self.prompts.examples[g.example], [np.array(a.ids, np.int32) for a in g.answers])
             parts = data.cut(whole, self.layout.tokens, self.cfg.max_new_tokens)
             pieces.append(np.arange(len(examples), len(examples) + len(parts)))
             examples += parts

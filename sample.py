@@ -73,14 +73,6 @@ def asked(options, policy: reward.Scorer, cfg) -> list[data.Example]:
     return [data.Example(ids, [], [], [], [], [], [], "--prompt", row={"prompt": prompt})]
 
 
-def answered(options, policy: reward.Scorer, cfg) -> tuple[list[data.Example], list[list[str]]]:
-    """The prompts with n answers each as their responses, and the answers' texts."""
-    prompts = asked(options, policy, cfg)
-    answers = answers_to([e.prompt.tolist() for e in prompts], policy, cfg, options.n, show="answers")
-    texts = [[rollout.written(policy.tokenizer, answer) for answer in mine] for mine in answers]
-    return [rollout.answered(e, mine) for e, mine in zip(prompts, answers)], texts
-
-
 def generate(options, cfg):
     return judged(options, language_model(options.model, cfg), None, None, cfg)
 
@@ -172,9 +164,11 @@ def report_steps(found: list[list], dataset: data.Dataset):
 
 
 def judged(options, policy: reward.Scorer, scorer, check, cfg) -> list[dict]:
-    """Of each prompt its answers, their rewards (where there is a scorer), and whether they are right (where there is a check)."""
+    """Of each prompt n answers, their rewards (where there is a scorer), and whether they are right (where there is a check)."""
     judge = reward.by_model(scorer, policy.tokenizer) if scorer else None  # an error now, not behind the answers
-    trees, texts = answered(options, policy, cfg)
+    prompts = asked(options, policy, cfg)
+    answers = answers_to([e.prompt.tolist() for e in prompts], policy, cfg, options.n, show="answers")
+    trees, texts = rollout.answered(policy.tokenizer, prompts, answers)
     said = [{"prompt": e.row["prompt"], "answers": mine} for e, mine in zip(trees, texts)]
     for line, rewards in zip(said, judge(trees, texts) if judge else ()):
         line["rewards"] = rewards

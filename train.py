@@ -66,14 +66,7 @@ class Machine(NamedTuple):
 
     def gather(self, tensor) -> list:
         """The (n,) of every rank, of whatever lengths."""
-        if self.world == 1:
-            return [tensor]
-        sizes = torch.zeros(self.world, dtype=torch.int64, device=self.device)
-        sizes[self.rank] = len(tensor)
-        sizes = self.sum(sizes).tolist()
-        table = tensor.new_zeros(self.world, max(sizes))
-        table[self.rank, :len(tensor)] = tensor
-        return [row[:size] for row, size in zip(self.sum(table), sizes)]
+        return [tensor] if self.world == 1 else [own.to(tensor) for own in self.share(tensor.cpu())]
 
     def share(self, value) -> list:
         """The value of every rank, whatever it is."""
@@ -130,8 +123,7 @@ class Run(NamedTuple):
     terms: list  # losses.Term
     streams: set  # that they read: outputs of the model, and columns that sources add
     outputs: list[str]  # those of the model
-    start_from: str  # folder
-    teacher: str
+    folder_of: Callable  # name of a model in the config -> its folder
     tokenizer: data.Tokenizer
     decoder: model.Decoder
     saved_dtype: torch.dtype  # of the folder it starts from
@@ -158,18 +150,18 @@ def train(cfg):
         return
     report.check_tracker(cfg.track)
     supply_of = SUPPLIES.get(config.data_kind(cfg), Rows)
-    run, folder_of = prepared(cfg, machine, say, supply_of)
+    run = prepared(cfg, machine, say, supply_of.provides)
     decoder, terms, outputs, layout = run.decoder, run.terms, run.outputs, run.layout
 
-    # Where steps come from, and the columns that sources add to each: split -> (batches, epoch) -> None
-    supply = supply_of(run, folder_of)
+    # Where steps come from, and what adds columns to each
+    supply = supply_of(run)
     wanted = (run.streams & reference.SOURCES.keys()) - supply.provides
     running = {name: torch.zeros(2, dtype=torch.float64, device=machine.device)  # sum and count of a metric over all steps
                for name in sorted(run.streams & losses.RUNNING.keys())}
-    sources = [{"train": supply.add}, *[make(run) for make in dict.fromkeys(reference.SOURCES[name] for name in sorted(wanted))],
-               dict.fromkeys(run.datasets, reference.running_source(running))]
+    sources = [make(run) for make in dict.fromkeys(reference.SOURCES[name] for name in sorted(wanted))]
+    sources.append(reference.running_source(running))
     if any(term.objective.coupled for term in terms):
-        sources.append(dict.fromkeys(run.datasets, reference.step_source(decoder, terms, outputs, machine)))
+        sources.append(reference.step_source(run))
 
     # Optimizer and resume
     for trunk in [module for module in decoder.modules() if isinstance(module, model.Trunk)]:
@@ -186,7 +178,9 @@ def train(cfg):
     steps = cfg.max_steps or math.ceil(cfg.epochs * supply.per_epoch)
     state = checkpoint.State(decoder, optimizer, scaler, running, skipped, supply)
     done = checkpoint.resume(out, state, machine, say) if cfg.resume else 0
-    write_model = model_writer(run) if machine.rank == 0 else None
+    pad = padding(run.tokenizer, run.datasets.values()) if machine.rank == 0 and "reward" in outputs else ()
+    template = run.tokenizer.chat_template if cfg.chat_template else ""
+    write_model = lambda folder, dtype: model.save(decoder, folder, dtype, run.tokenizer.folder, template, pad)
 
     def save(step: int):
         if machine.rank == 0:
@@ -212,8 +206,9 @@ def train(cfg):
     def gradient(dataset, rows, epoch: int, rank: int = 0, world: int = 1) -> tuple["Meter", dict]:
         """This rank's share of these rows, forward and backward; what they sum up to and what they count."""
         batches, counts = data.micro_batches(dataset, rows, layout, rank, world)
-        for source in sources:
-            source["train"](batches, epoch)
+        supply.add(batches)
+        for add in sources:
+            add("train", batches, epoch)
         meter = Meter()
         for i, batch in enumerate(batches):
             waits = machine.world > 1 and i < len(batches) - 1  # gradients are reduced with the last one
@@ -331,11 +326,12 @@ def train(cfg):
         raise SystemExit(128 + (told[0] if told else signal.SIGTERM))
 
 
-def prepared(cfg, machine: Machine, say: Callable, supply_of) -> tuple[Run, Callable]:
-    """The stages before it are run; model, tokenizer and rows are loaded and fit together. Also name -> folder, for models."""
+def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
+    """The stages before it are run; model, tokenizer and rows are loaded and fit together. provided: columns that the rows of a
+    step come with."""
     terms, kind = config.terms(cfg, machine.compiled), config.data_kind(cfg)
     streams = losses.streams(terms)
-    missing = streams - model.HEADS.keys() - reference.SOURCES.keys() - losses.RUNNING.keys() - supply_of.provides
+    missing = streams - model.HEADS.keys() - reference.SOURCES.keys() - losses.RUNNING.keys() - provided
     if missing:
         raise ValueError(f"objective {'+'.join(cfg.weights)}: a run cannot train it, nothing provides "
                          f"{', '.join(sorted(missing))}; on tensors it works, see losses.py")
@@ -373,8 +369,10 @@ def prepared(cfg, machine: Machine, say: Callable, supply_of) -> tuple[Run, Call
     prompts = data.load(cfg.eval_prompts, "prompts", tokenizer, cfg, False) if cfg.eval_prompts else prompts
     if prompts:
         model.check_lengths(decoder, prompts, cfg.max_new_tokens)
-    return Run(cfg, machine, say, terms, streams, outputs, start_from, folder_of(cfg.teacher), tokenizer, decoder, saved_dtype,
-               datasets, prompts, machine.layout(supply_of.stream_length(datasets, cfg))), folder_of
+    answers = (cfg.samples_per_prompt, cfg.max_new_tokens) if kind == "prompts" else ()  # that trees are yet to get
+    tokens = data.stream_length([*datasets.values()], cfg.batch_size, cfg.micro_batch_tokens, *answers)
+    return Run(cfg, machine, say, terms, streams, outputs, folder_of, tokenizer, decoder, saved_dtype,
+               datasets, prompts, machine.layout(tokens))
 
 
 def noting_signals(steps: range, told: list[int]) -> Iterator[int]:
@@ -448,21 +446,17 @@ class Rows:
     """The steps of a run on fixed rows."""
     provides, metrics, rewards = frozenset(), {}, None
 
-    def __init__(self, run: Run, folder_of: Callable):
+    def __init__(self, run: Run):
         self.dataset, self.size = run.datasets["train"], run.cfg.batch_size
         self.per_epoch = data.steps_per_epoch(self.dataset, self.size)
         self.order = functools.lru_cache(1)(lambda epoch: data.epoch_order(self.dataset, epoch, run.cfg.seed))
-
-    @staticmethod
-    def stream_length(datasets: dict, cfg) -> int:
-        return data.stream_length(list(datasets.values()), cfg.batch_size, cfg.micro_batch_tokens)
 
     def rows(self, step: int):
         """The dataset and the examples of a step, counted from 0."""
         epoch, nth = divmod(step, self.per_epoch)
         return self.dataset, self.order(epoch)[nth * self.size:(nth + 1) * self.size]
 
-    def add(self, batches: list[dict], epoch: int):
+    def add(self, batches: list[dict]):
         """No columns."""
 
     def save(self, folder: Path, step: int) -> dict:
@@ -517,7 +511,7 @@ def learning_rate(cfg, peak: float, step: int, steps: int) -> float:
     return cfg.min_lr + (peak - cfg.min_lr) * shape
 
 
-def evaluate(run: Run, sources: list[dict], rewards: Callable | None, out: Path) -> dict[str, float]:
+def evaluate(run: Run, sources: list[Callable], rewards: Callable | None, out: Path) -> dict[str, float]:
     """The eval rows through the training path without gradient, every rank its share, each row once; and answers to prompts."""
     metrics, machine = {}, run.machine
     if "eval" in run.datasets:
@@ -528,8 +522,8 @@ def evaluate(run: Run, sources: list[dict], rewards: Callable | None, out: Path)
         with torch.no_grad(), machine.autocast():
             for rows in report.bar(data.in_order(dataset), "eval", machine.rank == 0):
                 batches, _ = data.micro_batches(dataset, rows, run.layout, machine.rank, machine.world)
-                for source in sources[1:]:
-                    source["eval"](batches, 0)
+                for add in sources:
+                    add("eval", batches, 0)
                 for batch in batches:
                     streams = run.decoder(batch, run.outputs)
                     meter.add(*losses.total(run.terms, streams, batch, counts))
@@ -537,7 +531,13 @@ def evaluate(run: Run, sources: list[dict], rewards: Callable | None, out: Path)
                         values = losses.read(losses.READINGS[name], {**batch, **streams})
                         scores[batch["pair_index"], column] = values.to(scores)
         metrics |= meter.read(machine)
-        write_predictions(out, machine.sum(scores), predicted, run.decoder, machine)
+        scores = machine.sum(scores)  # of every pair, in the rows' order
+        if predicted:
+            run.decoder.config |= dict(zip(model.REWARD, (scores.mean().item(), scores.std(correction=0).item())))
+        if predicted and machine.rank == 0:
+            keys = [losses.PREDICTED[name] for name in predicted]
+            lines = [json.dumps(dict(zip(keys, row))) + "\n" for row in scores.tolist()]
+            checkpoint.write_text(out / "predictions.jsonl", "".join(lines))
     return metrics | judge(run, rewards) if run.prompts else metrics
 
 
@@ -552,8 +552,7 @@ def judge(run: Run, rewards: Callable | None) -> dict[str, float]:
                                               show="answers" if machine.rank == 0 else ""))
         return []
     reward.together(machine, ask, "error")  # a model that has diverged has none
-    texts = [[rollout.written(run.tokenizer, answer)] for (answer,) in answers]
-    trees, judges = [rollout.answered(e, some) for e, some in zip(mine, answers)], {}
+    (trees, texts), judges = rollout.answered(run.tokenizer, mine, answers), {}
     if cfg.check:
         judges["exact_match"] = reward.by_function(cfg.check, what="check", mend=""), "error"
     if rewards:
@@ -590,24 +589,6 @@ def use_of(run: Run) -> str:
         prompt = run.tokenizer.decode(run.questions().examples[0].prompt.tolist())[-60:]
         use, end = "generate", f"--temperature=0 --prompt={shlex.quote(prompt)}"
     return f"python sample.py {use} --model={shlex.quote(run.cfg.out_dir)} {end}".rstrip()
-
-
-def write_predictions(out: Path, scores: torch.Tensor, predicted: list[str], decoder, machine: Machine):
-    """(pairs, readings) of the eval rows, in their order, and their mean and deviation for the model's config.json."""
-    if not predicted:
-        return
-    decoder.config |= dict(zip(model.REWARD, (scores.mean().item(), scores.std(correction=0).item())))
-    if machine.rank == 0:
-        keys = [losses.PREDICTED[name] for name in predicted]
-        lines = [json.dumps(dict(zip(keys, row))) + "\n" for row in scores.tolist()]
-        checkpoint.write_text(out / "predictions.jsonl", "".join(lines))
-
-
-def model_writer(run: Run) -> Callable:
-    """write(folder, dtype): the model as it is then, in a folder with its tokenizer."""
-    pad = padding(run.tokenizer, run.datasets.values()) if "reward" in run.outputs else ()
-    template = run.tokenizer.chat_template if run.cfg.chat_template else ""
-    return lambda folder, dtype: model.save(run.decoder, folder, dtype, run.tokenizer.folder, template, pad)
 
 
 def padding(tokenizer: data.Tokenizer, datasets) -> tuple[int, str]:

@@ -401,6 +401,14 @@ def test_a_missing_stage_is_run_first(tmp_path, monkeypatch):
         elif out == "fourth":
             assert made != before and (tmp_path / "first.old1" / "model").is_dir()  # another seed: run again, nothing lost
         before = made
+    for out, name in (("by config", file), ("by folder", tmp_path / "first")):  # a stage may be the reference, too
+        train.train(config.load(options(tmp_path, "dpo", out, max_steps=1, seed=6, reference=name)))
+    by_config, by_folder = (lines(tmp_path / out)[0]["rewards/margins"] for out in ("by config", "by folder"))
+    assert by_config == by_folder != 0 and (tmp_path / "first.old2").is_dir()
+    changed = (ROOT / "tasks/arithmetic/tokenizer.json").read_text().replace('"7": 10', '"7": 11').replace('"8": 11', '"8": 10')
+    (tmp_path / "first" / "model" / "tokenizer.json").write_text(changed)
+    with pytest.raises(ValueError, match="first/model: token '[78]' is 1[01] there and 1[01] in .*; one model's ids are read by the other"):
+        train.train(config.load(options(tmp_path, "dpo", "other tokens", max_steps=1, reference=tmp_path / "first", cache_dir=tmp_path / "empty")))
 
 
 def test_what_goes_on_is_the_run_that_was(tmp_path, monkeypatch, capsys):
