@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim.adamw import adamw
 
 import config
@@ -289,8 +290,6 @@ def numbers(text: str) -> list[int]:
 def bench_generate(o):
     """Greedy answers of 64 tokens to prompts of 16 to 96; 8 samples each of 4 prompts, as a rollout has them; and samples that end
     by themselves, 32 at a time."""
-    if not o.model:
-        raise SystemExit("generate needs --model, a model folder")
     transformers = optional("transformers")
     print(f"Tokens a second behind prompts of 16 to 96, {where(o.device)}: 64 new ones each; of 128 x 1, up to 128, the end after "
           f"each as likely as 1 in 20.\n")
@@ -374,24 +373,24 @@ def padded_logps(decoder, examples: list) -> torch.Tensor:
     """The usual way, and the oracle: chosen and rejected rows padded to the longest, logits of every token -> sums (2, P)."""
     device = decoder.lm_head.weight.device
     rows = [(e.prompt, e.responses[side]) for side in (0, 1) for e in examples]
-    longest = max(len(p) + len(r) for p, r in rows)
-    pad = lambda p, r, made: np.pad(made, (0, longest - len(p) - len(r)))
-    table = lambda make: torch.from_numpy(np.stack([pad(p, r, make(p, r)) for p, r in rows])).to(device)
+    table = lambda make: pad_sequence([torch.from_numpy(make(p, r)) for p, r in rows], batch_first=True).to(device)
     tokens = table(lambda p, r: np.concatenate([p, r]).astype(np.int64))
-    scored = table(lambda p, r: np.concatenate([np.zeros(len(p), bool), np.ones(len(r), bool)]))
+    scored = table(lambda p, r: np.repeat([False, True], [len(p), len(r)]))
 
     def attend(layer, q, k, v):
         q, k, v = (x.view(*tokens.shape, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
-    hidden = decoder.model(tokens.flatten(), torch.arange(longest, device=device).repeat(len(rows)), attend)
+    hidden = decoder.model(tokens.flatten(), torch.arange(tokens.shape[1], device=device).repeat(len(rows)), attend)
     logits = decoder.lm_head(hidden).view(*tokens.shape, -1)
     logps = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     return (logps * scored[:, 1:]).sum(-1, dtype=torch.float64).view(2, -1)
 
 
-def packed_logps(decoder, dataset, layout, head: str) -> torch.Tensor:
+def packed_logps(decoder, dataset, head: str) -> torch.Tensor:
     """One packed stream -> sums (2, P). head: "all" (logits of every token), "scored" (of scored ones), "fused". Of a dataset of
     single responses, chosen and rejected alternate; of pairs, both share their prompt."""
+    weight = decoder.lm_head.weight
+    layout = data.Layout(int(dataset.lengths.sum()), data.varlen(weight.device.type, weight.dtype), False, weight.device.type)
     (batch,), _ = data.micro_batches(dataset, np.arange(len(dataset)), layout)
     if head == "fused":
         logps = decoder(batch, ["log_probs"])["log_probs"]
@@ -424,8 +423,6 @@ def matmul_speed(dtype: torch.dtype, device: str) -> float:
 
 def bench_dpo(o):
     """The ladder: what each of our ways adds to the usual step, forward, backward and AdamW."""
-    if not o.model:
-        raise SystemExit("dpo needs --model, a model folder")
     count = o.pairs or 8
     speed = o.peak * 1e12 or matmul_speed(getattr(torch, o.dtype), o.device)
     print(f"A DPO step of {count} pairs, {o.model}, {o.dtype}, {where(o.device)}; loss and gradient: against the padded step's; "
@@ -448,16 +445,14 @@ def bench_dpo(o):
         dataset = make(count)
         single = data.as_dataset([data.with_responses(e, [r])._replace(chosen=[], rejected=[], margin=[])
                                   for e in dataset.examples for r in e.responses], Counter())
-        layouts = {id(d): machine_of(o.device, o.dtype).layout(int(d.lengths.sum())) for d in (dataset, single)}
-        usual = lambda m: padded_logps(m, dataset.examples)
-        ways = {"padded, as usual": (usual, None)}
-        ways["+ packing"] = (lambda m: packed_logps(m, single, layouts[id(single)], "all"), None)
-        ways["+ head on scored tokens"] = (lambda m: packed_logps(m, single, layouts[id(single)], "scored"), None)
-        ways["+ prefix sharing"] = (lambda m: packed_logps(m, dataset, layouts[id(dataset)], "scored"), None)
         with torch.no_grad():
-            table = packed_logps(frozen, dataset, layouts[id(dataset)], "fused")
-        ways["+ cached reference"] = (ways["+ prefix sharing"][0], table)
-        ways["+ fused head (ours)"] = (lambda m: packed_logps(m, dataset, layouts[id(dataset)], "fused"), table)
+            table = packed_logps(frozen, dataset, "fused")
+        ways = {"padded, as usual": (lambda m: padded_logps(m, dataset.examples), None),
+                "+ packing": (lambda m: packed_logps(m, single, "all"), None),
+                "+ head on scored tokens": (lambda m: packed_logps(m, single, "scored"), None),
+                "+ prefix sharing": (lambda m: packed_logps(m, dataset, "scored"), None),
+                "+ cached reference": (lambda m: packed_logps(m, dataset, "scored"), table),
+                "+ fused head (ours)": (lambda m: packed_logps(m, dataset, "fused"), table)}
 
         def step(way, spent):
             begin, (logps, cached) = time.perf_counter(), way
@@ -631,8 +626,6 @@ def silent(folder: str):
 
 def bench_trl(o):
     """Seconds of a pair and the process's peak, one epoch of --pairs pairs in steps of 8 (on CUDA 256 or more: `settled`)."""
-    if not (o.model and o.data):
-        raise SystemExit("trl needs --model, a model folder, and --data, preference rows")
     path, batch = model.find_folder(o.model), 8
     tokenizer, pairs = data.Tokenizer(path), []
     for _, row in data.read_rows(o.data):
@@ -680,7 +673,7 @@ def step_of(length: int, pairs: int, vocabulary: int, layers: int, device: str, 
     mask = np.ones(length // 2, bool)
     dataset = data.as_dataset([data.Example(ids(), [ids(), ids()], [mask, mask], [True, False], [0], [1], [0.0], "made up")
                                for _ in range(pairs)], Counter())
-    machine = machine_of(device, dtype)
+    machine = train.Machine(0, 1, device, getattr(torch, dtype), False)  # one rank, nothing compiled
     layout = machine.layout(max(4096, 3 * length // 2))
 
     def step():
@@ -709,8 +702,6 @@ def bench_scaling(o):
 
 def bench_ranks(o):
     """The same DPO steps by one rank with all cores and by two with half of them each, in turn."""
-    if not (o.model and o.data):
-        raise SystemExit("ranks needs --model, a model folder, and --data, preference rows")
     if o.device == "cuda" and torch.cuda.device_count() < 2:
         raise SystemExit("ranks needs two GPUs, or --device=cpu")
     cores, found = torch.get_num_threads(), {1: [], 2: []}
@@ -834,11 +825,6 @@ def bench_start(o):
                   f"{len(dataset) / seconds:,.0f} | {tokenized:,.0f} | {held:,.0f} |", flush=True)
 
 
-def machine_of(device: str, dtype: str) -> train.Machine:
-    """One rank, nothing compiled."""
-    return train.Machine(0, 1, device, getattr(torch, dtype), False)
-
-
 def where(device: str) -> str:
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     return f"{name}, torch {torch.__version__.split('+')[0]}"
@@ -846,6 +832,7 @@ def where(device: str) -> str:
 
 BENCHES = {"losses": bench_losses, "head": bench_head, "generate": bench_generate, "dpo": bench_dpo, "trl": bench_trl,
            "scaling": bench_scaling, "ranks": bench_ranks, "start": bench_start, "precision": bench_precision}
+NEEDS = {"generate": ("model",), "dpo": ("model",), "trl": ("model", "data"), "ranks": ("model", "data")}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -864,5 +851,8 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", default="auto", help="dpo: of weights and compute, scaling: of compute; auto: as a run's")
     parser.add_argument("--peak", type=float, default=0, help="dpo: the device's TFLOP/s; default: those of a matmul")
     options = parser.parse_args()
+    for key in NEEDS.get(options.what, ()):
+        if not getattr(options, key):
+            parser.error(f"{options.what} needs --{key}")
     options.device, options.dtype = config.machine(options)
     BENCHES[options.what](options)

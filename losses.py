@@ -198,21 +198,12 @@ def by_rank(batch: dict, stream: Tensor) -> Tensor:
     return stream.new_zeros(batch["num_examples"], batch["most_responses"]).index_put((batch["example"], batch["rank"]), stream)
 
 
-def label_of(batch: dict) -> Tensor:
-    """(N,) the token that is predicted, -100 in responses that are not imitated."""
-    return torch.where(batch["demonstrated"][batch["response"]], batch["target"], -100)
-
-
 def action_mask(batch: dict) -> Tensor:
     return torch.arange(batch["longest"], device=batch["lengths"].device) < batch["lengths"][:, None]  # (R, L)
 
 
 def column(name: str) -> Reading:
     return Reading((name,), lambda batch, stream: stream)
-
-
-def table(name: str) -> Reading:
-    return Reading((name,), by_response)  # (R, L)
 
 
 def before_update(batch: dict, log_probs: Tensor, old: Tensor | None) -> Tensor:
@@ -224,13 +215,9 @@ def summed(name: str, side: str) -> Reading:
     return Reading((name,), lambda batch, stream: sums(batch, stream)[batch[side]])  # (P,)
 
 
-def score(name: str, side: str) -> Reading:
-    return Reading((name,), lambda batch, stream: stream[batch[side]])  # (P,)
-
-
 READINGS = {
-    **{name: table(name) for name in ("log_probs", "rollout_log_probs", "reference_log_probs", "entropy", "advantages", "values",
-                                      "old_values", "returns")},
+    **{name: Reading((name,), by_response) for name in ("log_probs", "rollout_log_probs", "reference_log_probs", "entropy",
+                                                        "advantages", "values", "old_values", "returns")},
     "old_log_probs": Reading(("log_probs", "old_log_probs"), before_update),
     "action_mask": Reading((), action_mask),
     "demonstration_mask": Reading((), lambda batch: action_mask(batch) & batch["demonstrated"][:, None]),
@@ -243,12 +230,12 @@ READINGS = {
     "policy_KL_logps": column("policy_KL_logps"),  # mismatched responses of the whole step, no gradient
     "reference_KL_logps": column("reference_KL_logps"),
     "running_reward": column("running_reward"),  # () as RUNNING says
-    "chosen_reward": score("reward", "chosen"),
-    "reject_reward": score("reward", "rejected"),
+    "chosen_reward": Reading(("reward",), lambda batch, reward: reward[batch["chosen"]]),
+    "reject_reward": Reading(("reward",), lambda batch, reward: reward[batch["rejected"]]),
     "ranked_rewards": Reading(("reward",), by_rank),
     "rank_mask": Reading((), lambda batch: by_rank(batch, torch.ones_like(batch["rank"], dtype=torch.bool))),
     **{name: Reading((), operator.itemgetter(name)) for name in ("margin", "step_labels", "step_mask")},
-    "label": Reading((), label_of),
+    "label": Reading((), lambda batch: torch.where(batch["demonstrated"][batch["response"]], batch["target"], -100)),  # (N,)
     **{name: column(name) for name in ("step_logits", "logits", "teacher_logits")},
 }
 PREDICTED = {"chosen_reward": "chosen", "reject_reward": "rejected"}  # readings that eval writes down for every pair, under a key
@@ -824,31 +811,22 @@ def token_reduced(values: Tensor, action_mask: Tensor, reduction: str, max_new_t
     return REDUCTIONS[reduction][1](values, action_mask, max_new_tokens)
 
 
-def sampler_weight(old_log_probs, rollout_log_probs, action_mask, correction, low, high) -> Tensor | float:
-    """(R, L) weights exp(old - rollout), without gradient, that correct for a sampler that is not the trainer."""
-    if not correction:
-        return 1.0
-    if rollout_log_probs is None:
-        raise ValueError(f"correction = {correction!r} needs rollout_log_probs")
-    gap = log_difference(old_log_probs, rollout_log_probs, action_mask).detach()
-    return CORRECTIONS[correction](bounded_exp(gap), bounded_exp(sequence_mean(gap, action_mask))[:, None], low, high)
-
-
-def policy_metrics(ratio, binds, log_probs, old_log_probs, rollout_log_probs, action_mask) -> dict:
-    """Share of the tokens where clipping binds, means of the ratio, of old - new and of rollout - old."""
+def finished(values, ratio, binds, rollouts, reduction, max_new_tokens, correction, low, high) -> tuple[Tensor, Tensor, dict]:
+    """(R, L) losses of tokens -> what a policy loss returns: corrected for a sampler that is not the trainer (weights
+    exp(old - rollout), no gradient), reduced, and with metrics."""
+    log_probs, old_log_probs, rollout_log_probs, action_mask = rollouts
     metrics = {"policy/clip_fraction": (binds.to(ratio.dtype), action_mask),
                "policy/ratio": (ratio.expand(action_mask.shape), action_mask),
                "policy/approx_kl": (log_difference(old_log_probs, log_probs, action_mask), action_mask)}
-    if rollout_log_probs is None:
-        return metrics
-    return {**metrics, "policy/rollout_kl": (log_difference(rollout_log_probs, old_log_probs, action_mask), action_mask)}
-
-
-def finished(values, ratio, binds, rollouts, reduction, max_new_tokens, correction, low, high) -> tuple[Tensor, Tensor, dict]:
-    """(R, L) losses of tokens -> what a policy loss returns: corrected for the sampler, reduced, with metrics."""
-    log_probs, old_log_probs, rollout_log_probs, action_mask = rollouts
-    values = values * sampler_weight(old_log_probs, rollout_log_probs, action_mask, correction, low, high)
-    return *token_reduced(values, action_mask, reduction, max_new_tokens), policy_metrics(ratio, binds, *rollouts)
+    if correction and rollout_log_probs is None:
+        raise ValueError(f"correction = {correction!r} needs rollout_log_probs")
+    if rollout_log_probs is not None:
+        gap = log_difference(old_log_probs, rollout_log_probs, action_mask).detach()
+        metrics["policy/rollout_kl"] = -gap, action_mask
+        if correction:
+            sequence = bounded_exp(sequence_mean(gap, action_mask))[:, None]
+            values = values * CORRECTIONS[correction](bounded_exp(gap), sequence, low, high)
+    return *token_reduced(values, action_mask, reduction, max_new_tokens), metrics
 
 
 def clipped_surrogate(ratio, advantages, clip_eps_low, clip_eps_high, dual_clip):
@@ -1158,9 +1136,6 @@ class TopLogits(NamedTuple):
     index: Tensor
     vocab: int
 
-    def ready(self) -> "TopLogits":
-        return self
-
     def rows(self, rows: slice) -> Tensor:
         top = wide(self.logits[rows])
         return top.new_full((len(top), self.vocab), -math.inf).scatter(1, self.index[rows].long(), top)
@@ -1202,7 +1177,7 @@ def by_chunk(loss: Callable, *inputs, **hyperparameters) -> tuple[Tensor, Tensor
                          "objective of its own of it")
     device = unmade[0][0].device
     chunk = head_chunk(len(unmade) * max(len(x.weight) if isinstance(x, Projected) else x.vocab for x in unmade), device.type)
-    ready = [x if isinstance(x, Tensor) else x.ready() for x in inputs]
+    ready = [x.ready() if isinstance(x, Projected) else x for x in inputs]
     gradients = {i: _zeros(*ready[i], *(factor.requires_grad for factor in x)) for i, x in enumerate(inputs)
                  if isinstance(x, Projected) and any(factor.requires_grad for factor in x) and torch.is_grad_enabled()}
 

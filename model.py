@@ -586,14 +586,14 @@ def load(folder: Path, heads: dict[str, int] = LANGUAGE, seed: int = 0) -> tuple
     with torch.device("meta"):
         decoder = Decoder(config, str(folder / "config.json"), heads)
     state = read_state(folder, decoder.shape)
-    if "score" in heads and len(state.get("score.weight", ())) == heads["score"]:
-        if "score.bias" in state and decoder.score.bias is None:  # a constant that a folder of another project has: it stays
-            decoder.score.bias = nn.Parameter(torch.zeros(heads["score"]), requires_grad=False)
-    state = {name: t for name, t in state.items() if name.split(".")[0] not in {"lm_head", *NEW} - heads.keys()}
+    labels = len(state.get("score.weight", ()))
+    if heads.get("score") == labels == 1 and "score.bias" in state:  # a constant that a folder of another project has: it stays
+        decoder.score.bias = nn.Parameter(torch.zeros(1), requires_grad=False)
+    unread = {"lm_head", *NEW} - heads.keys()
+    state = {name: t for name, t in state.items() if name.split(".")[0] not in unread and not name.endswith("rotary_emb.inv_freq")}
     new = {name for name in NEW & heads.keys() if f"{name}.weight" not in state}
     dtypes = [t.dtype for t in state.values()]
     saved = max(dtypes, key=dtypes.count, default=torch.float32)
-    state = {name: t for name, t in state.items() if not name.endswith("rotary_emb.inv_freq")}
     if decoder.shape.tied and "lm_head" in heads:
         state.setdefault("model.embed_tokens.weight", state.get("lm_head.weight"))
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -614,9 +614,6 @@ def load(folder: Path, heads: dict[str, int] = LANGUAGE, seed: int = 0) -> tuple
         decoder.lm_head.weight = decoder.model.embed_tokens.weight
     for name in new:
         decoder.init_head(name, seed)
-    decoder.requires_grad_(True)
-    if "score" in heads and decoder.score.bias is not None and heads["score"] == 1:
-        decoder.score.bias.requires_grad_(False)
     return decoder, saved
 
 
@@ -673,14 +670,12 @@ def without_masters(decoder: Decoder, dtype: torch.dtype) -> Decoder:
 
 
 def check_lengths(decoder: Decoder, dataset, answer: int = 0):
-    """answer: tokens that a response may get."""
-    if not decoder.shape.gpt2:
-        return
-    longest = max(dataset.examples, key=lambda e: len(e.prompt) + max(map(len, e.responses), default=answer))
-    length = len(longest.prompt) + max(map(len, longest.responses), default=answer)
-    if length > decoder.shape.max_positions:
-        raise ValueError(f"{longest.where}: {length} tokens, and the model has {decoder.shape.max_positions} positions; "
-                         f"set max_length to at most that")
+    """Learned positions end. answer: tokens that a response may get."""
+    for e in dataset.examples if decoder.shape.gpt2 else ():
+        length = len(e.prompt) + max(map(len, e.responses), default=answer)
+        if length > decoder.shape.max_positions:
+            raise ValueError(f"{e.where}: {length} tokens, and the model has {decoder.shape.max_positions} positions; "
+                             f"set max_length to at most that")
 
 
 CRITIC = ("values", "critic")  # what belongs to the critic: a head on the trunk, or a model beside it

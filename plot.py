@@ -7,6 +7,7 @@ lines are dots on a line, train lines thin, with their running mean.
 --only=reward,kl draws these alone.
 """
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -41,9 +42,7 @@ def points(lines: list[dict], split: str, name: str) -> tuple[list, list]:
 
 def smooth(values: list[float]) -> list[float]:
     """Mean over the last twentieth of the run, as far as there is one."""
-    span, sums = max(1, len(values) // 20), [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
+    span, sums = max(1, len(values) // 20), [*itertools.accumulate(values, initial=0.0)]
     return [(sums[i + 1] - sums[max(0, i + 1 - span)]) / min(span, i + 1) for i in range(len(values))]
 
 

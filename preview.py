@@ -16,7 +16,6 @@ import numpy as np
 
 import config
 import data
-import losses
 import model
 
 GREEN, RED, FAINT = "1;32", "1;31", "2"

@@ -10,13 +10,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 
-BAR = "{desc} |{bar:6}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
-
-
 def bar(steps=None, what: str = "", show: bool = True, **more) -> tqdm:
     """A bar of 80 columns with the time left, of what takes longer than a second; in a log, a line every half a minute."""
     return tqdm(steps, desc=what[:20], disable=not show, mininterval=0.2 if sys.stderr.isatty() else 30, **{
-        "leave": False, "delay": 1, "bar_format": BAR, **more})
+        "leave": False, "delay": 1, "bar_format": "{desc} |{bar:6}| {n_fmt}/{total_fmt} {remaining} left{postfix}", **more})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

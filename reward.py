@@ -85,20 +85,22 @@ def by_function(function: Callable, workers: int = 0, timeout: float = 60.0, wha
 
 def number(result, where: str, text: str, mend: str) -> float | str:
     """A finite number, or a sentence about what is there in its place."""
-    failed = isinstance(result, Exception)
-    said = told(result) if failed else f"returned {result!r:.80}, expected a number"
-    said = str(result) if isinstance(result, Failed) else said
+    said = result if isinstance(result, Failed) else f"returned {result!r:.80}, expected a number"
     try:
-        value = math.nan if failed or isinstance(result, str) else float(result)
+        value = math.nan if isinstance(result, str) else float(result)
     except (TypeError, ValueError):
         value = math.nan
     return value if math.isfinite(value) else f"{where}: {said}; for the completion {text[:80]!r}{mend}"
 
 
-def told(error: Exception) -> str:
+class Failed(str):
+    """In the place of a function's result, what went wrong."""
+
+
+def told(error: Exception) -> Failed:
     """What it says, and the line of the function called here that it comes from."""
     frames = traceback.extract_tb(error.__traceback__, limit=2)[1:]
-    return "".join([f"{type(error).__name__}: {error}", *(f" ({frame.filename}:{frame.lineno})" for frame in frames)])
+    return Failed("".join([f"{type(error).__name__}: {error}", *(f" ({frame.filename}:{frame.lineno})" for frame in frames)]))
 
 
 def one_by_one(function: Callable) -> Callable:
@@ -107,7 +109,7 @@ def one_by_one(function: Callable) -> Callable:
             try:
                 yield function(*given)
             except Exception as error:
-                yield error
+                yield told(error)
     return calls
 
 
@@ -118,13 +120,9 @@ def in_batch(function: Callable) -> Callable:
             if len(found) != len(asked):
                 raise ValueError(f"{len(asked)} answers and {len(found)} rewards")
         except Exception as error:
-            found = [error] * len(asked)
+            found = [told(error)] * len(asked)
         return iter(found)
     return calls
-
-
-class Failed(Exception):
-    """What went wrong in a worker, in its words."""
 
 
 class Workers:
@@ -141,15 +139,15 @@ class Workers:
         for i in range(len(asked)):
             if results is None:
                 self.pool = self.pool or multiprocessing.get_context("spawn").Pool(self.workers, begin, self.place)
-                self.pool.apply(ready)  # their imports take no answer's time
+                self.pool.apply(bool)  # their imports take no answer's time
                 results = self.pool.imap(call, asked[i:])
             try:
-                value, wrong = results.next(self.timeout)  # of the i-th: those before it are done
-                yield Failed(wrong) if wrong else value
+                yield results.next(self.timeout)  # of the i-th: those before it are done
             except multiprocessing.TimeoutError:
                 self.pool.terminate()
                 self.pool = results = None
-                yield TimeoutError(f"no answer within reward_timeout = {self.timeout:g} seconds: it hangs, or its process died")
+                yield Failed(f"TimeoutError: no answer within reward_timeout = {self.timeout:g} seconds: it hangs, or its process "
+                             f"died")
 
 
 def begin(file: str, name: str):
@@ -159,17 +157,13 @@ def begin(file: str, name: str):
     function = runpy.run_path(file)[name]
 
 
-def ready():
-    return True
-
-
-def call(given: tuple) -> tuple:
-    """(a number, or text, which is none, and what went wrong): nothing else crosses between processes."""
+def call(given: tuple) -> float | str:
+    """In a worker: nothing but a number, or text, which is none, or what went wrong, crosses between processes."""
     try:
         value = function(*given)
-        return (value if isinstance(value, (int, float, str)) else float(value)), ""
+        return value if isinstance(value, (int, float, str)) else float(value)
     except Exception as error:
-        return None, told(error)
+        return told(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,14 +247,12 @@ def by_model(scorer: Scorer, tokenizer: data.Tokenizer) -> Callable:
         """Each answer once, however often it was given: the same one has the same reward to the last bit."""
         by_steps, trees, places, count = scorer.stream == "step_logits", [], [], 0
         for e, mine in zip(examples, texts):
-            first, names = {}, mine if by_steps else [ids.tobytes() for ids in e.responses]
-            for i, name in enumerate(names):
-                first.setdefault(name, i)
-            nth = {name: count + i for i, name in enumerate(first)}
+            names = mine if by_steps else [ids.tobytes() for ids in e.responses]
+            kept = dict(zip(names, mine if by_steps else e.responses))
+            nth = {name: count + i for i, name in enumerate(kept)}
             places.append([nth[name] for name in names])
-            count += len(first)
-            kept = [(mine if by_steps else e.responses)[i] for i in first.values()]
-            once = in_steps(e, kept, scorer) if by_steps else data.with_responses(e, kept)
+            count += len(kept)
+            once = in_steps(e, [*kept], scorer) if by_steps else data.with_responses(e, [*kept.values()])
             trees += data.cut(once, data.LARGE)
         said = [x for some in (scorer.scores(data.as_dataset(trees, Counter())) if trees else []) for x in some]
         return [[said[i]["min"] if by_steps else said[i] for i in mine] for mine in places]
