@@ -135,7 +135,11 @@ def resume(out: Path, state: State, machine, say: Callable) -> int:
     for key, moment in moments.items():  # none of what is frozen, nor of a policy whose critic has the first steps
         name, _, which = key.rpartition(".")
         if name in parameters:
-            state.optimizer.state[parameters[name]][which] = moment.to(parameters[name].device)
+            p = parameters[name]
+            state.optimizer.state[p][which] = moment.to(p.device, moment.dtype if which == "step" else p.dtype)
+    for group in state.optimizer.param_groups:
+        if any(("momentum" in state.optimizer.state[p]) != group["muon"] for p in group["params"] if p in state.optimizer.state):
+            raise ValueError(f"{folder}: another optimizer was used there; go on with that one, or name another --out_dir")
     state.decoder.config |= kept.get("reward", {})
     for name, pair in state.running.items():
         if name not in kept.get("running", {}):
@@ -143,7 +147,7 @@ def resume(out: Path, state: State, machine, say: Callable) -> int:
                              f"--out_dir")
         pair.copy_(torch.tensor(kept["running"][name], dtype=pair.dtype))
     state.skipped.copy_(torch.tensor(kept.get("skipped", [0.0, 0.0])))
-    if state.scaler.is_enabled():
+    if state.scaler.is_enabled() and kept["scaler"]:  # of a run in another dtype there is none
         state.scaler.load_state_dict(kept["scaler"])
     state.supply.restore(folder, step, kept["supply"])
     return step

@@ -5,6 +5,7 @@ hold. The chosen losses add their hyperparameters (losses.py) as keys.
 """
 import ast
 import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -12,6 +13,7 @@ import math
 import os
 import re
 import runpy
+import sys
 import textwrap
 import traceback
 import types
@@ -135,6 +137,8 @@ AT_LEAST = {"max_length": 2, "f_divergence": -math.inf} | dict.fromkeys(  # of o
     ("batch_size", "log_every", "keep_checkpoints", "max_skipped_steps", "max_new_tokens", "rollout_batch", "samples_per_prompt",
      "rollout_epochs", "kl_horizon"), 1)
 AT_MOST = dict.fromkeys(("top_p", "min_p", "lam"), 1)
+PATHS = ("init_from", "out_dir", "tokenizer", "reference", "teacher", "critic", "reward", "chat_template", "train_data",
+         "eval_data", "eval_prompts")  # a shell leaves the ~ of --key=~/folder to us
 TWO = ("betas", "reward_tokens")  # values, or none of the latter
 ELSEWHERE = {  # what other trainers call a key -> ours
     "learning_rate": "lr", "num_train_epochs": "epochs", "num_epochs": "epochs", "per_device_train_batch_size": "batch_size",
@@ -184,13 +188,15 @@ def read_file(path: str) -> dict:
         near = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), 1)
         raise ValueError(f"{path:.200}: no such config file" + (f"; did you mean {near[0]}?" if near else ""))
     try:
+        folder = str(Path(path).resolve().parent)  # imports are found there, too
+        sys.path += [folder] * (folder not in sys.path)
         values = runpy.run_path(path)
     except Exception as error:  # of the user's own code, or of what it imports
         frame = traceback.extract_tb(error.__traceback__)[-1]
         at = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else f"{path}: {frame.filename}:{frame.lineno}"
         raise ValueError(f"{at}: {type(error).__name__}: {error}"[:400]) from error
     return {key: value for key, value in values.items() if not key.startswith("_") and not isinstance(value, types.ModuleType)
-            and (key in TYPES or not isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)))}
+            and (key in TYPES or not (callable(value) or type(value).__module__ == "__future__"))}
 
 
 def read_command_line(arguments: list[str]) -> tuple[str | None, dict]:
@@ -252,13 +258,17 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
     for key, where in source.items():
         if key in TYPES:
             values[key] = checked(key, values[key], TYPES[key], where)
+            if key in PATHS:
+                paths = values[key] if isinstance(values[key], list) else [values[key]]
+                paths = [os.path.expanduser(path) if isinstance(path, str) else path for path in paths]
+                values[key] = paths if isinstance(values[key], list) else paths[0]
         elif key in hyperparameters:
             defaults = [OBJECTIVES[name].hyperparameters[hyperparameter] for name, hyperparameter in hyperparameters[key]]
             if any(default != defaults[0] for default in defaults):
                 raise ValueError(f"{where}: {key} is not the same thing in {' and '.join(weights)}; set "
                                  f"{' and '.join('_'.join(pair) for pair in hyperparameters[key])} apart")
             values[key] = checked(key, values[key], type(defaults[0]), where)
-            if all(f"{name}_{key}" in source for name, _ in hyperparameters[key]):
+            if all(source.get(f"{name}_{key}") == where for name, _ in hyperparameters[key]):
                 raise ValueError(f"{where}: {key} sets nothing, each of {' and '.join(weights)} has its own; leave it out")
             for name, hyperparameter in hyperparameters[key]:
                 try:
@@ -351,8 +361,8 @@ NEEDS = {  # key -> (config, streams that losses read) -> is it read; and what t
 def data_kind(cfg: types.SimpleNamespace) -> str:
     kinds = {OBJECTIVES[name].data for name in cfg.weights} - {None} or {"sft"}
     imitating = [name for name in cfg.weights if OBJECTIVES[name].data is None]
-    if rolls(cfg) and imitating:
-        raise ValueError(f"objective {'+'.join(cfg.weights)}: rows of prompts show no response that {imitating[0]} could imitate")
+    for kind in kinds & {"prompts", "prm"} if imitating else ():
+        raise ValueError(f"objective {'+'.join(cfg.weights)}: rows of {kind} show no response that {imitating[0]} could imitate")
     if len(kinds) > 1:
         raise ValueError(f"objective {cfg.objective}: these losses need different rows ({', '.join(sorted(kinds))})")
     return kinds.pop()
@@ -363,16 +373,37 @@ def models(cfg: types.SimpleNamespace) -> list[str]:
     return [cfg.init_from, cfg.reference, cfg.teacher, cfg.critic, *[name for name in rewards(cfg) if isinstance(name, str)]]
 
 
+def stages(cfg: types.SimpleNamespace) -> dict[str, str]:
+    """config file -> out_dir, of every stage before a run and of those before these."""
+    found = {}
+    for path in [path for path in models(cfg) if path.endswith(".py")]:
+        stage = load_stage(path, cfg)
+        found |= {path: stage.out_dir, **stages(stage)}
+    return found
+
+
 def rewards(cfg: types.SimpleNamespace) -> dict:
     """function, folder or config -> its weight in the reward."""
     return cfg.reward if isinstance(cfg.reward, dict) else {cfg.reward: 1.0} if cfg.reward else {}
+
+
+def code(function: Callable) -> str:
+    """Its name and a hash of its text, so that one that was edited is another; of a partial, those of what it calls."""
+    if isinstance(function, functools.partial):
+        return f"{code(function.func)} {function.args} {function.keywords}"
+    named = function if inspect.isroutine(function) else type(function)
+    try:
+        text = hashlib.sha256(inspect.getsource(named).encode()).hexdigest()[:8]
+    except (OSError, TypeError):  # it was not written in a file
+        text = ""
+    return f"{named.__module__}.{named.__qualname__} {text}".rstrip()
 
 
 def as_json(cfg: types.SimpleNamespace) -> dict:
     def named(v):
         if isinstance(v, dict):
             return {named(key): value for key, value in v.items()}
-        return f"{v.__module__}.{getattr(v, '__qualname__', v)}" if callable(v) else v
+        return code(v) if callable(v) else v
     return {key: named(value) for key, value in vars(cfg).items()}
 
 

@@ -42,7 +42,7 @@ def files_of(paths: str | list[str]) -> list[str]:
     """The files that names and globs stand for."""
     files = []
     for name in [paths] if isinstance(paths, str) else paths:
-        found = sorted(glob.glob(name)) if glob.has_magic(name) and not Path(name).is_file() else [name]
+        found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) and not Path(name).is_file() else [name]
         if not found:
             raise ValueError(f"no file matches {name!r}")
         for file in [file for file in found if not Path(file).is_file()]:
@@ -505,11 +505,14 @@ class Tokenizer:
         self.stops = {self.eos, *(ends if isinstance(ends, list) else [ends])}  # what ends an answer
         self.special = {i for i, token in self.fast.get_added_tokens_decoder().items() if token.special}
         self.chat_template = self._template(chat_template, config)
+        turn_end = self._turn_end() if self.chat_template else set()
+        self.new_stops = sorted(self.stops | turn_end) if turn_end - self.stops else []  # of folders that are saved
+        self.stops |= turn_end
 
     def _template(self, asked: str, config: dict) -> str:
         """The config's (a file, or "chatml"), else the folder's."""
-        if asked == "chatml":
-            return CHATML
+        if asked == "chatml":  # a vocabulary without its mark ends a turn as it ends a text
+            return CHATML if self.fast.token_to_id("<|im_end|>") is not None else CHATML.replace("'<|im_end|>'", "eos_token")
         if asked:
             if not Path(asked).is_file():
                 raise ValueError(f"chat_template {asked!r} is neither 'chatml' nor a file")
@@ -520,6 +523,15 @@ class Tokenizer:
         if isinstance(template, list):  # several named ones
             template = {t["name"]: t["template"] for t in template}.get("default", "")
         return template
+
+    def _turn_end(self) -> set[int]:
+        """The special token that the chat template puts behind what an assistant says: it ends an answer, whatever EOS is."""
+        try:
+            text = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "zebra"}], False)
+        except ValueError:  # a template that wants more than that
+            return set()
+        behind = text.rpartition("zebra")[2].lstrip()
+        return {*self.fast.encode(behind, add_special_tokens=False).ids[:1]} & self.special
 
     def render(self, messages: list[dict], add_generation_prompt: bool, tools: list | None = None) -> str:
         if not self.chat_template:

@@ -698,9 +698,11 @@ def architecture(decoder: Decoder) -> dict:
             "id2label": {str(i): label for i, label in enumerate(names)}, "label2id": {label: i for i, label in enumerate(names)}}
 
 
-def save(decoder: Decoder, folder: Path, dtype: torch.dtype, tokenizer_from: Path, chat_template: str = "", pad: tuple = ()):
+def save(decoder: Decoder, folder: Path, dtype: torch.dtype, tokenizer_from: Path, chat_template: str = "", pad: tuple = (),
+         stops: list = ()):
     """Write a folder that transformers and vLLM load as it is: tied weights once, the tokenizer's files beside them. pad: the
-    (id, token) of a reward model's padding, which transformers looks for to find the last token."""
+    (id, token) of a reward model's padding, which transformers looks for to find the last token. stops: the tokens that end an
+    answer, where the folders that it comes from say otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: p.detach().to("cpu", dtype) for name, p in decoder.named_parameters()  # shared parameters once
              if not of_critic(name)}
@@ -710,7 +712,8 @@ def save(decoder: Decoder, folder: Path, dtype: torch.dtype, tokenizer_from: Pat
             state = {name.replace("score.", "classifier."): tensor for name, tensor in state.items()}
     save_file({name: t.contiguous() for name, t in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     config = {**decoder.config, **architecture(decoder), "tie_word_embeddings": decoder.shape.tied,
-              "torch_dtype": str(dtype).removeprefix("torch."), **({"pad_token_id": pad[0]} if pad else {})}
+              "torch_dtype": str(dtype).removeprefix("torch."), **({"pad_token_id": pad[0]} if pad else {}),
+              **({"eos_token_id": stops} if stops else {})}
     config.pop("dtype", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
@@ -720,5 +723,8 @@ def save(decoder: Decoder, folder: Path, dtype: torch.dtype, tokenizer_from: Pat
     for path in [folder / "tokenizer_config.json", folder / "special_tokens_map.json"] if pad and pad[1] else []:
         if path.is_file():
             path.write_text(json.dumps({**read_json(path), "pad_token": pad[1]}, indent=2) + "\n", encoding="utf-8")
+    generation = folder / "generation_config.json"
+    if stops and generation.is_file():
+        generation.write_text(json.dumps({**read_json(generation), "eos_token_id": stops}, indent=2) + "\n", encoding="utf-8")
     if chat_template:  # the run's own, instead of the tokenizer's
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")

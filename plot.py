@@ -74,7 +74,8 @@ def draw(runs: dict[str, list[dict]], only: list[str], out: str):
         axis.set_visible(False)
     figure.supxlabel("step; solid: training, dashed: eval", fontsize=9)
     if len(runs) > 1:
-        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(runs), 5), fontsize=9)
+        named = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels())}
+        figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=min(len(runs), 5), fontsize=9)
     figure.savefig(out, dpi=130)
 
 

@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import math
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable
@@ -84,7 +85,8 @@ def summary(out: Path, what: str, first: dict, last: dict, shown: tuple, before:
     for i, (prompt, new) in enumerate(after):
         lines += ["", *wrapped("  prompt  ", prompt[-150:])] + (wrapped("  before  ", before[i][1]) if before else [])
         lines += wrapped("  after   " if before else "  answer  ", new)
-    return "\n".join([*lines, "", f"  model   {out / 'model'}", f"  try     {use}", f"  picture python plot.py {out}"])
+    picture = f"python plot.py {shlex.quote(str(out))}"
+    return "\n".join([*lines, "", f"  model   {out / 'model'}", f"  try     {use}", f"  picture {picture}"])
 
 
 def wrapped(label: str, text: str) -> list[str]:

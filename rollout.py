@@ -534,6 +534,9 @@ class Rollouts:
                                  f"batch_size, rollout_prompts or rollout_epochs were others when it was saved")
             saved = load_file(folder / "rollout.safetensors")
             lengths, n = saved.pop("length").tolist(), self.cfg.samples_per_prompt
+            if len(lengths) != n * len(saved["example"]):
+                raise ValueError(f"{folder}: step {step} is inside a rollout with {len(lengths) // len(saved['example'])} "
+                                 f"samples_per_prompt; go on with as many")
             answers = [Answer(ids.tolist(), [], bool(ended))
                        for ids, ended in zip(saved.pop("ids").split(lengths), saved.pop("ended"))]
             groups = [Group(example, answers[i * n:(i + 1) * n], []) for i, example in enumerate(saved.pop("example").tolist())]

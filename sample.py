@@ -65,7 +65,7 @@ def ids_of(prompt: str | list, tokenizer: data.Tokenizer) -> list[int]:
 
 def asked(options, policy: reward.Scorer, cfg) -> list[data.Example]:
     """The prompts of --data, or that of --prompt (the user's message, behind --system, where there is a chat template)."""
-    if not options.prompt:
+    if options.prompt is None:
         return data.load(options.data, "prompts", policy.tokenizer, cfg).examples[:]
     prompt = data.with_system({"system": options.system}, options.prompt, bool(policy.tokenizer.chat_template))
     prompt = data.as_messages("user", prompt) if policy.tokenizer.chat_template else prompt
@@ -255,7 +255,7 @@ def main(arguments: list[str]):
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--model", required=True, help="folder of a run, a model or a checkpoint, or hub name")
     parser.add_argument("--data", default="", help="file or glob of rows or prompts")
-    parser.add_argument("--prompt", default="", help="one prompt, in the place of a file")
+    parser.add_argument("--prompt", help="one prompt, in the place of a file")
     parser.add_argument("--out", default="", help="file to write (merge: folder); default: standard output")
     parser.add_argument("--n", type=int, default=0, help="generate, best: answers to a prompt (1, 8)")
     parser.add_argument("--system", default="", help="chat, --prompt: the system's message")
@@ -273,12 +273,16 @@ def main(arguments: list[str]):
         for key in [key for key, value in vars(options).items() if value != parser.get_default(key)]:
             if key not in ("what", "model", *TAKES[options.what]):
                 raise ValueError(f"--{key} does nothing in {options.what}; leave it out")
-        if "prompt" in TAKES[options.what] and bool(options.data) == bool(options.prompt):
+        if "prompt" in TAKES[options.what] and bool(options.data) == (options.prompt is not None):
             raise ValueError(f"{options.what} needs --data, a file of prompts, or --prompt, and not both")
         if options.what == "merge" and options.weight != 0.5 and not options.other:
             raise ValueError("--weight is of two models; name the other one, --other")
         if options.system and options.data:
             raise ValueError("--system goes with --prompt; rows of --data have theirs in a column of that name")
+        if options.out and options.what != "merge":  # an error now, not behind the work
+            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+            if Path(options.out).is_dir():
+                raise ValueError(f"--out={options.out} is a folder; name a file")
         options.n = options.n or {"best": 8}.get(options.what, 1)
         usual = {"truncation": "error", "compile": "auto" if options.data else False}  # for one answer it would not pay
         said = COMMANDS[options.what](options, config.load(rest, ("sample.py", usual))) or []

@@ -149,6 +149,10 @@ def train(cfg):
     if cfg.resume and finished_already(out, settings, say):
         return
     report.check_tracker(cfg.track)
+    taken = {}
+    for name, folder in {"this run": cfg.out_dir, **config.stages(cfg)}.items():
+        if (other := taken.setdefault(os.path.realpath(folder), name)) != name:
+            raise ValueError(f"{other} and {name} would both write to out_dir = {folder!r}; give each its own")
     supply_of = SUPPLIES.get(config.data_kind(cfg), Rows)
     run = prepared(cfg, machine, say, supply_of.provides)
     decoder, terms, outputs, layout = run.decoder, run.terms, run.outputs, run.layout
@@ -180,7 +184,8 @@ def train(cfg):
     done = checkpoint.resume(out, state, machine, say) if cfg.resume else 0
     pad = padding(run.tokenizer, run.datasets.values()) if machine.rank == 0 and "reward" in outputs else ()
     template = run.tokenizer.chat_template if cfg.chat_template else ""
-    write_model = lambda folder, dtype: model.save(decoder, folder, dtype, run.tokenizer.folder, template, pad)
+    with_files = run.tokenizer.folder, template, pad, run.tokenizer.new_stops
+    write_model = lambda folder, dtype: model.save(decoder, folder, dtype, *with_files)
 
     def save(step: int):
         if machine.rank == 0:
@@ -405,7 +410,7 @@ def finished_already(out: Path, now: dict, say: Callable) -> bool:
     found = model.read_json(out / "run.json") if (out / "run.json").is_file() else {}
     before, finished = found.get("settings", {}), found.get("finished") and (out / "model").is_dir()
     changed = config.changes(before, now) if before else []
-    if before and before["weights"] != now["weights"]:
+    if before and before["weights"].keys() != now["weights"].keys():
         raise ValueError(f"{out}: {'+'.join(before['weights'])} was trained there, and this is {'+'.join(now['weights'])}; name "
                          f"another --out_dir")
     if finished and not changed:
@@ -581,7 +586,7 @@ def samples(run: Run) -> list[tuple[str, str]]:
 def use_of(run: Run) -> str:
     """The command that tries the model."""
     files = run.cfg.eval_data or run.cfg.train_data
-    if not run.answers():
+    if not run.answers() or {"reward", "step_logits"} & {*run.outputs}:
         use, end = "score", f"--data={shlex.quote(files if isinstance(files, str) else files[0])}"
     elif run.tokenizer.chat_template:
         use, end = "chat", ""

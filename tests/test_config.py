@@ -119,6 +119,28 @@ def test_what_is_not_a_key(tmp_path):
     assert cfg.check("", "", {}) is True
 
 
+def test_a_config_may_import_what_it_likes(tmp_path):
+    (tmp_path / "parts.py").write_text("import functools\n@functools.cache\ndef half(x):\n    return x / 2\nbatch_size = 7\n")
+    cfg = from_file(tmp_path, "from __future__ import annotations\nfrom typing import Optional\nfrom numpy import sin\nfrom parts import *\nlr = half(0.5)\n")
+    assert cfg.lr == 0.25 and cfg.batch_size == 7
+
+
+def test_a_function_that_was_edited_is_another(tmp_path):
+    """A stage with the other one is made again; a partial is the same in every process."""
+    with_reward = "objective, init_from = 'ppo', 'x'\nfrom functools import partial\ndef reward(prompt, completion, row, x=1):\n    return {}\n"
+    digest = lambda text: config.digest(from_file(tmp_path, text))
+    first, again, edited = (digest(with_reward.format(value)) for value in ("1.0", "1.0", "-1.0"))
+    assert first == again != edited
+    part, same, other = (digest(with_reward.format("1.0") + f"reward = partial(reward, x={x})\n") for x in (2, 2, 3))
+    assert part == same and len({first, part, other}) == 3 and "0x" not in str(config.settings(from_file(tmp_path, with_reward.format("2.0") + "reward = partial(reward)\n")))
+
+
+def test_a_home_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = load("--out_dir=~/runs/x", "--train_data=['~/a.jsonl', 'b.jsonl']", "--init_from=~/m", "--eval_data=~/e.jsonl")
+    assert (cfg.out_dir, cfg.train_data, cfg.init_from, cfg.eval_data) == ("/home/me/runs/x", ["/home/me/a.jsonl", "b.jsonl"], "/home/me/m", "/home/me/e.jsonl")
+
+
 def test_a_missing_file_is_named(tmp_path):
     (tmp_path / "dpo.py").write_text("")
     refused(rf"{tmp_path}/dop.py: no such config file; did you mean {tmp_path}/dpo.py\?", f"--config={tmp_path}/dop.py")
@@ -130,6 +152,11 @@ def test_a_stage_inherits_seed_and_machine_only(tmp_path):
     parent = load("--seed=7", "--dtype=float64", "--lr=0.25", "--device=auto", "--compile=False")
     stage = config.load_stage(str(tmp_path / "stage.py"), parent)
     assert (stage.seed, stage.dtype, stage.device, stage.compile, stage.lr) == (7, "float64", "auto", False, 0.5)
+
+
+def test_steps_show_nothing_to_imitate():
+    with pytest.raises(ValueError, match="prm.sft: rows of prm show no response that sft could imitate"):
+        config.data_kind(load("--objective=prm", "--nll_coef=0.5"))
 
 
 def test_terms_bind_weights_and_hyperparameters():
@@ -173,7 +200,7 @@ def test_a_key_of_the_run_that_a_loss_has_too(monkeypatch):
         config.terms(load("--objective=dpo", "--gamma=0.5"), False)
 
 
-def test_hyperparameters_that_several_losses_have():
+def test_hyperparameters_that_several_losses_have(tmp_path):
     """One key sets them all where it means the same; where their defaults differ each is set by its own name."""
     two = "--objective={'dpo': 1, 'ipo': 1}"
     assert load(two, "--beta=0.3").bound == {"dpo": dict(beta=0.3, label_smoothing=0.0), "ipo": dict(beta=0.3, length_normalized=False)}
@@ -182,6 +209,7 @@ def test_hyperparameters_that_several_losses_have():
     refused("beta is not the same thing in dpo and simpo; set dpo_beta and simpo_beta apart", "--objective={'dpo': 1, 'simpo': 1}", "--beta=0.3")
     refused("simpo: beta = -1.0; expected above 0", "--objective={'dpo': 1, 'simpo': 1}", "--simpo_beta=-1")
     refused("unknown key 'simpo_beta'", "--objective=dpo", "--simpo_beta=1")
+    assert from_file(tmp_path, "objective, beta, nll_coef = 'dpo', 0.1, 1.0", "--dpo_beta=0.2").bound["dpo"]["beta"] == 0.2  # the file sets beta
     refused("beta sets nothing, each of dpo and ipo has its own", two, "--beta=0.3", "--ipo_beta=0.2", "--dpo_beta=0.1")
     layers = [("file", dict(objective="dpo", dpo_beta=0.5)), ("command line", dict(beta=0.3))]
     assert config.resolve(layers).bound["dpo"]["beta"] == 0.3  # later ones win

@@ -293,6 +293,13 @@ def test_containers(name, tmp_path):
     assert [e.where for e in dataset.examples] == [f"{file}:{i + 1}" if "jsonl" in name else f"{file}[{i}]" for i in range(3)]
 
 
+def test_a_glob_reaches_into_folders(tmp_path):
+    for folder in ("a", "a/b", "a/b/c"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl").write_text("{}\n")
+    assert len(data.files_of(f"{tmp_path}/a/**/*.jsonl")) == 3 and len(data.files_of(f"{tmp_path}/a/*.jsonl")) == 1
+
+
 def test_several_files_globs_and_blank_lines(tmp_path):
     write(tmp_path / "b.jsonl", b'\n{"prompt": "2"}\n  \r\n{"prompt": "3"}')
     write(tmp_path / "a.jsonl.gz", [{"prompt": "1"}])
@@ -466,6 +473,27 @@ def test_a_template_stays_in_its_sandbox(source, tmp_path):
         one(tmp_path, {"messages": [U("1"), A("2")]}, tokenizer)
 
 
+def with_marks(folder, **changes):
+    """The arithmetic tokenizer with the marks of chatml, which are not its EOS."""
+    made = changed_tokenizer(folder, **changes)
+    made.fast.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    made.fast.save(str(folder / "tokenizer.json"))
+    return data.Tokenizer(folder)
+
+
+def test_what_ends_a_turn_ends_an_answer(tmp_path):
+    """The mark that the template puts behind an assistant's turn, which is trained, or EOS where there is no such mark."""
+    plain, marked = data.Tokenizer(ARITHMETIC, "chatml"), with_marks(tmp_path / "marks", chat_template=data.CHATML)
+    mark = marked.fast.token_to_id("<|im_end|>")
+    assert plain.stops == {plain.eos} and marked.stops == {marked.eos, mark} and mark != marked.eos
+    for tokenizer, end in ((plain, plain.eos), (marked, mark)):
+        example, _ = one(tmp_path, {"messages": [U("1"), A("2")]}, tokenizer)
+        assert example.responses[0][-1] == end and example.scored[0][-1]
+    silent = changed_tokenizer(tmp_path / "silent", chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    strict = changed_tokenizer(tmp_path / "strict", chat_template="{{ raise_exception('a system message') }}")
+    assert silent.stops == strict.stops == {plain.eos}
+
+
 def test_where_a_template_comes_from(tmp_path):
     """The config's, else the folder's file, else the one in tokenizer_config.json, of several the default."""
     assert changed_tokenizer(tmp_path / "none").chat_template == ""
@@ -474,7 +502,9 @@ def test_where_a_template_comes_from(tmp_path):
     assert changed_tokenizer(tmp_path / "several", chat_template=named).chat_template == "y"
     (tmp_path / "one" / "chat_template.jinja").write_text("z")
     assert data.Tokenizer(tmp_path / "one").chat_template == "z"
-    assert data.Tokenizer(tmp_path / "one", "chatml").chat_template == data.CHATML
+    assert data.Tokenizer(with_marks(tmp_path / "marks").folder, "chatml").chat_template == data.CHATML
+    eos_for_mark = data.CHATML.replace("'<|im_end|>'", "eos_token")
+    assert data.Tokenizer(tmp_path / "one", "chatml").chat_template == eos_for_mark != data.CHATML
     assert data.Tokenizer(tmp_path / "one", str(tmp_path / "one" / "chat_template.jinja")).chat_template == "z"
     with pytest.raises(ValueError, match="'chatm' is neither 'chatml' nor a file"):
         data.Tokenizer(tmp_path / "one", "chatm")

@@ -43,6 +43,8 @@ def test_the_summary_says_what_was_learned(tmp_path, monkeypatch, capsys):
     assert told(capsys, *options(tmp_path, "rm", "bare", save_every=2), "--resume").endswith(bare[bare.index(f"{tmp_path / 'bare'}: first step"):])
     assert f"{tmp_path / 'bare'}: first step -> last step" in bare and f"loss {train_lines[0]['loss']:.4g} -> {train_lines[-1]['loss']:.4g}" in " ".join(bare.split())
     assert f"score --model={tmp_path / 'bare'} --data={ROWS['preference']}" in bare
+    imitating = told(capsys, *options(tmp_path, "rm", "imitating", max_steps=1, nll_coef=0.1))
+    assert f"score --model={tmp_path / 'imitating'}" in imitating and "generate" not in imitating
     rolled = told(capsys, *options(tmp_path, "reinforce", "rolled", advantages="reinforce", eval_prompts=ROWS["prompts"]))
     assert rolled.count("  reward ") == 1
 

@@ -463,6 +463,8 @@ def test_resume_in_the_middle_of_a_rollout_is_bitwise(tmp_path, recorded):
                 kl_target=0.001, kl_horizon=100, critic_warmup=2, dtype="float32", save_dtype="float32", micro_batch_tokens=128)
     start(tmp_path, "ppo", "whole", max_steps=12, **more)
     start(tmp_path, "ppo", "parts", max_steps=6, **more)
+    with pytest.raises(ValueError, match="checkpoint-6: step 6 is inside a rollout with 3 samples_per_prompt; go on with as many"):
+        train.train(config.load([*options(tmp_path, "ppo", "parts", max_steps=12, **more), "--resume", "--samples_per_prompt=2"]))
     train.train(config.load([*options(tmp_path, "ppo", "parts", max_steps=12, **more), "--resume"]))
     assert len(recorded) == 3 + 2 + 1
     whole, parts = weights(tmp_path / "whole" / "model"), weights(tmp_path / "parts" / "model")

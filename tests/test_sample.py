@@ -67,6 +67,14 @@ def test_scores_of_rows_are_in_their_order(reward_run, tmp_path, monkeypatch):
     assert [json.loads(line)["score"] for line in open(tmp_path / "o.jsonl")] == pytest.approx([*found[0].values()], abs=1e-4)
 
 
+def test_out_is_made_or_refused_before_the_work(reward_run, tmp_path):
+    given = ["score", f"--model={reward_run}", f"--data={ROOT / ROWS['preference']}", "--device=cpu"]
+    sample.main([*given, f"--out={tmp_path / 'new' / 'deep' / 's.jsonl'}"])
+    assert len(open(tmp_path / "new" / "deep" / "s.jsonl").readlines()) == 500
+    with pytest.raises(SystemExit, match="new is a folder; name a file"):
+        sample.main([*given[:1], "--model=nowhere", *given[2:], f"--out={tmp_path / 'new'}"])
+
+
 @pytest.mark.parametrize("line, said", [("[1]", "expected an object, found list"), ("{", "not JSON")])
 def test_a_bad_first_row_is_named(line, said, reward_run, tmp_path):
     (tmp_path / "rows.jsonl").write_text(f"{line}\n" + json.dumps(pairs()[0]) + "\n")
@@ -310,6 +318,8 @@ def test_generate_answers_rows_and_a_prompt(language_run, tmp_path, monkeypatch,
     assert said == {"prompt": "1+2+3+4=", "answers": [sample.rollout.written(tokenizer, answer)]}
     with pytest.raises(SystemExit, match="generate needs --data"):
         sample.main(["generate", f"--model={language_run}"])
+    sample.main(["generate", f"--model={language_run}", "--prompt=", "--temperature=0", "--max_new_tokens=5", "--device=cpu"])  # behind BOS alone
+    assert json.loads(capsys.readouterr().out)["prompt"] == ""
 
 
 @pytest.mark.parametrize("command, said", [
@@ -384,7 +394,7 @@ def test_chat_is_a_conversation(smollm2, monkeypatch, capsys):
     assert "It is in the" in sample.data.Tokenizer(smollm2).fast.decode(heard[1][0], skip_special_tokens=False)  # it stays in the conversation
 
 
-def test_runs_are_drawn(language_run, reward_run, tmp_path, capsys):
+def test_runs_are_drawn(language_run, reward_run, tmp_path, capsys, monkeypatch):
     """A PNG of whatever metrics there are, of a run that is still being written too; clear errors."""
     pytest.importorskip("matplotlib")
     import plot
@@ -394,6 +404,11 @@ def test_runs_are_drawn(language_run, reward_run, tmp_path, capsys):
     assert plot.points(plot.read(str(language_run)), "eval", "loss")[0] == [0, 1] and plot.smooth([1.0, 3.0]) == [1.0, 3.0]
     with pytest.raises(SystemExit, match="no metrics.jsonl there"):
         plot.main([str(tmp_path / "nowhere")])
+    legends = []
+    from matplotlib.figure import Figure
+    monkeypatch.setattr(Figure, "legend", lambda figure, handles, labels, **more: legends.append([*labels]))
+    plot.main([str(language_run), str(reward_run), f"--out={tmp_path / 'two.png'}", "--only=nll,margin"])  # each has one of the two
+    assert legends == [[str(language_run), str(reward_run)]]
     with pytest.raises(SystemExit, match="none of nothing is in"):
         plot.main([str(language_run), "--only=nothing"])
 

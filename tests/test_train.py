@@ -384,6 +384,16 @@ def test_a_failed_start_leaves_nothing_and_a_run_is_a_start(tmp_path, monkeypatc
         train.train(config.load([*options(tmp_path, "dpo"), "--eval_prompts=tasks/arithmetic/problems_eval.jsonl"]))
     train.train(config.load(options(tmp_path, "dpo", chat_template="chatml", max_steps=1)))
     assert "im_start" in (tmp_path / "run" / "model" / "chat_template.jinja").read_text()
+    from test_data import with_marks
+    marked = with_marks(tmp_path / "marked").folder
+    (marked / "generation_config.json").write_text('{"max_length": 99, "eos_token_id": 0}')
+    train.train(config.load(options(tmp_path, "dpo", "marked", chat_template="chatml", tokenizer=marked, max_steps=1)))
+    saved = tmp_path / "marked" / "model"  # what ends a turn ends an answer elsewhere, too
+    described = [json.loads((saved / name).read_text()) for name in ("config.json", "generation_config.json")]
+    tokenizer = data.Tokenizer(saved)
+    assert [d["eos_token_id"] for d in described] == [sorted({tokenizer.eos, tokenizer.fast.token_to_id("<|im_end|>")})] * 2 and described[1]["max_length"] == 99
+    assert tokenizer.new_stops == [] and tokenizer.stops == set(described[0]["eos_token_id"])
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["eos_token_id"] == 0  # EOS ends a turn there
     train.train(config.load(options(tmp_path, "dpo", "on", init_from=tmp_path / "run", max_steps=1)))  # a config's own out_dir
 
 
@@ -409,6 +419,33 @@ def test_a_missing_stage_is_run_first(tmp_path, monkeypatch):
     (tmp_path / "first" / "model" / "tokenizer.json").write_text(changed)
     with pytest.raises(ValueError, match="first/model: token '[78]' is 1[01] there and 1[01] in .*; one model's ids are read by the other"):
         train.train(config.load(options(tmp_path, "dpo", "other tokens", max_steps=1, reference=tmp_path / "first", cache_dir=tmp_path / "empty")))
+
+
+def test_two_stages_do_not_share_a_folder(tmp_path, monkeypatch):
+    """out_dir has a default: a run would overwrite the stage that it begins from, or one stage another."""
+    monkeypatch.chdir(ROOT)
+    for name, out in (("one", "shared"), ("other", "shared"), ("apart", "apart")):
+        (tmp_path / f"{name}.py").write_text(f"objective = 'sft'\ninit_from = 'scratch'\nout_dir = {str(tmp_path / out)!r}\n")
+    refused = lambda message, **more: pytest.raises(ValueError, train.train, config.load(options(tmp_path, "dpo", **more))).match(message)
+    refused("this run and .*one.py would both write to out_dir = .*shared", out="shared", init_from=tmp_path / "one.py")
+    refused("one.py and .*other.py would both write", init_from=tmp_path / "one.py", reference=tmp_path / "other.py")
+    assert not (tmp_path / "shared").exists() and not (tmp_path / "run").exists()
+    cfg = config.load(options(tmp_path, "dpo", init_from=tmp_path / "one.py", reference=tmp_path / "apart.py"))
+    assert config.stages(cfg) == {str(tmp_path / f"{name}.py"): str(tmp_path / out) for name, out in (("one", "shared"), ("apart", "apart"))}
+
+
+def test_a_run_goes_on_in_another_dtype_and_not_with_another_optimizer(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    go = lambda *more, **changes: train.train(config.load([*options(tmp_path, "dpo", **{"max_steps": 2, "save_every": 1, **changes}), *more]))
+    go(dtype="float32")
+    with pytest.raises(ValueError, match="checkpoint-2: another optimizer was used there; go on with that one"):
+        go("--resume", dtype="float32", max_steps=3, optimizer="muon")
+    for steps, dtype in enumerate(("float64", "float16", "float32"), 3):
+        go("--resume", dtype=dtype, max_steps=steps)
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5] and all(math.isfinite(line["loss"]) for line in lines(tmp_path / "run"))
+    capsys.readouterr()
+    go("--resume", dtype="float32", max_steps=6, objective={"dpo": 0.5})  # a weight is no other objective
+    assert "weights {'dpo': 1.0} -> {'dpo': 0.5}" in capsys.readouterr().out
 
 
 def test_what_goes_on_is_the_run_that_was(tmp_path, monkeypatch, capsys):
