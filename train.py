@@ -6,6 +6,7 @@ Nothing here knows an objective by name: what a loss needs follows from what it 
 import contextlib
 import ctypes
 import errno
+import fcntl
 import functools
 import gc
 import json
@@ -181,6 +182,7 @@ def train(cfg):
     skipped = torch.zeros(2, device=machine.device)  # steps that were not finite: all of them, and those in a row up to now
     steps = cfg.max_steps or math.ceil(cfg.epochs * supply.per_epoch)
     state = checkpoint.State(decoder, optimizer, scaler, running, skipped, supply)
+    held(out, fcntl.LOCK_EX, machine)
     done = checkpoint.resume(out, state, machine, say) if cfg.resume else 0
     pad = padding(run.tokenizer, run.datasets.values()) if machine.rank == 0 and "reward" in outputs else ()
     template = run.tokenizer.chat_template if cfg.chat_template else ""
@@ -422,6 +424,20 @@ def finished_already(out: Path, now: dict, say: Callable) -> bool:
     return bool(finished and not changed)
 
 
+def held(out: Path, how: int, machine: Machine):
+    """To its end, this process alone writes to a run's folder (LOCK_EX), or nobody does (LOCK_SH: a run begins from it)."""
+    busy = False
+    if machine.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            fcntl.lockf(os.open(out / "lock", os.O_RDWR | os.O_CREAT), how | fcntl.LOCK_NB)
+        except OSError as error:
+            busy = error.errno in (errno.EACCES, errno.EAGAIN)  # there are filesystems without locks
+    if machine.any(busy):
+        raise ValueError(f"{out}: another run is at work there, or begins from it; wait for its end, or name another "
+                         f"out_dir")
+
+
 def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
     """The model folder of another config's run. The run is made first where it is missing, taken up where it was cut
     off, and made again where it came from another config (the old folder is kept under another name)."""
@@ -432,9 +448,13 @@ def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
     found = model.read_json(out / "run.json") if (out / "run.json").is_file() else {"digest": None, "finished": False}
     machine.barrier()  # every rank has looked before any of them writes
     if found["digest"] == digest and found["finished"] and (out / "model").is_dir():
+        held(out, fcntl.LOCK_SH, machine)
         say(f"{path}: {out / 'model'} is there")
         return str(out / "model")
-    if out.exists() and any(out.iterdir()) and found["digest"] != digest and machine.rank == 0:
+    other = machine.any(out.exists() and any(out.iterdir()) and found["digest"] != digest)
+    if other:
+        held(out, fcntl.LOCK_EX, machine)
+    if other and machine.rank == 0:
         aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.old{i}")).exists())
         out.rename(aside)
         changed = config.changes(found["settings"], settings) if "settings" in found else ["another config"]
@@ -443,6 +463,7 @@ def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
     say(f"{path}: running this stage first")
     stage.resume = found["digest"] == digest
     train(stage)
+    held(out, fcntl.LOCK_SH, machine)
     gc.collect()  # compiled blocks are in reference cycles
     return str(out / "model")
 

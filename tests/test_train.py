@@ -19,7 +19,7 @@ import model
 import reference
 import train
 from conftest import ROOT
-from launch import run
+from launch import run, start
 
 TRAINED = [name for name, o in losses.OBJECTIVES.items()  # what a run can train
            if losses.streams([losses.bind(name, 1.0, o.hyperparameters)]) <= model.HEADS.keys() | reference.SOURCES.keys()
@@ -387,8 +387,8 @@ def test_a_failed_start_leaves_nothing_and_a_run_is_a_start(tmp_path, monkeypatc
     from test_data import with_marks
     marked = with_marks(tmp_path / "marked").folder
     (marked / "generation_config.json").write_text('{"max_length": 99, "eos_token_id": 0}')
-    train.train(config.load(options(tmp_path, "dpo", "marked", chat_template="chatml", tokenizer=marked, max_steps=1)))
-    saved = tmp_path / "marked" / "model"  # what ends a turn ends an answer elsewhere, too
+    train.train(config.load(options(tmp_path, "dpo", "ended", chat_template="chatml", tokenizer=marked, max_steps=1)))
+    saved = tmp_path / "ended" / "model"  # what ends a turn ends an answer elsewhere, too
     described = [json.loads((saved / name).read_text()) for name in ("config.json", "generation_config.json")]
     tokenizer = data.Tokenizer(saved)
     assert [d["eos_token_id"] for d in described] == [sorted({tokenizer.eos, tokenizer.fast.token_to_id("<|im_end|>")})] * 2 and described[1]["max_length"] == 99
@@ -446,6 +446,32 @@ def test_a_run_goes_on_in_another_dtype_and_not_with_another_optimizer(tmp_path,
     capsys.readouterr()
     go("--resume", dtype="float32", max_steps=6, objective={"dpo": 0.5})  # a weight is no other objective
     assert "weights {'dpo': 1.0} -> {'dpo': 0.5}" in capsys.readouterr().out
+
+
+def test_two_runs_do_not_work_in_one_folder(tmp_path, monkeypatch):
+    """A run that goes on while it is still at work elsewhere, or a stage that would be moved away from under a run, is refused."""
+    monkeypatch.chdir(ROOT)
+    stage = dict(line[2:].split("=", 1) for line in options(tmp_path, "sft", "first", max_steps=2))
+    plain = ("batch_size", "max_steps", "lr", "max_length", "compile", "scratch", "samples")
+    (tmp_path / "first.py").write_text("".join(f"{k} = {v if k in plain else repr(v)}\n" for k, v in stage.items()))
+    given = lambda out, **more: options(tmp_path, "dpo", out, init_from=tmp_path / "first.py", **more)
+    running = start(given("long", max_steps=10**6))
+    try:
+        while not (tmp_path / "long" / "metrics.jsonl").exists():
+            assert running.is_alive()
+            time.sleep(0.1)
+        before = sorted(tmp_path.iterdir())
+        for message, arguments in (("long: another run is at work there", [*given("long", max_steps=10**6), "--resume"]),
+                                   ("first: another run is at work there, or begins from it", given("short", seed=5))):
+            with pytest.raises(ValueError, match=message):
+                train.train(config.load(arguments))
+        assert sorted(tmp_path.iterdir()) == before
+        train.train(config.load(given("beside", max_steps=1)))  # from the same stage
+    finally:
+        running.kill()
+        running.join()
+    train.train(config.load(given("short", seed=5, max_steps=1)))
+    assert (tmp_path / "first.old1" / "model").is_dir()
 
 
 def test_what_goes_on_is_the_run_that_was(tmp_path, monkeypatch, capsys):
