@@ -461,7 +461,7 @@ def test_two_runs_do_not_work_in_one_folder(tmp_path, monkeypatch):
             assert running.is_alive()
             time.sleep(0.1)
         before = sorted(tmp_path.iterdir())
-        for message, arguments in (("long: another run is at work there", [*given("long", max_steps=10**6), "--resume"]),
+        for message, arguments in (("long: another run is at work there", [*given("long", max_steps=1), "--resume"]),
                                    ("first: another run is at work there, or begins from it", given("short", seed=5))):
             with pytest.raises(ValueError, match=message):
                 train.train(config.load(arguments))
