@@ -431,11 +431,12 @@ def held(out: Path, how: int, machine: Machine):
         out.mkdir(parents=True, exist_ok=True)
         try:
             fcntl.lockf(os.open(out / "lock", os.O_RDWR | os.O_CREAT), how | fcntl.LOCK_NB)
-        except OSError as error:
-            busy = error.errno in (errno.EACCES, errno.EAGAIN)  # there are filesystems without locks
+        except BlockingIOError:
+            busy = True
+        except OSError:  # a stage in a folder that can be read alone, a filesystem without locks
+            pass
     if machine.any(busy):
-        raise ValueError(f"{out}: another run is at work there, or begins from it; wait for its end, or name another "
-                         f"out_dir")
+        raise ValueError(f"{out}: another run is at work there, or begins from it; wait for its end, or name another out_dir")
 
 
 def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:

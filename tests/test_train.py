@@ -1,6 +1,7 @@
 """The loop: results do not depend on micro-batches, ranks or interruptions. Real runs on the arithmetic rows."""
 import contextlib
 import ctypes
+import fcntl
 import json
 import math
 import os
@@ -472,6 +473,8 @@ def test_two_runs_do_not_work_in_one_folder(tmp_path, monkeypatch):
         running.join()
     train.train(config.load(given("short", seed=5, max_steps=1)))
     assert (tmp_path / "first.old1" / "model").is_dir()
+    (tmp_path / "without" / "lock").mkdir(parents=True)  # where there can be no lock, there is none
+    train.held(tmp_path / "without", fcntl.LOCK_SH, train.Machine(0, 1, "cpu", torch.float32, False))
 
 
 def test_what_goes_on_is_the_run_that_was(tmp_path, monkeypatch, capsys):
