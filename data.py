@@ -530,7 +530,7 @@ class Tokenizer:
             text = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "zebra"}], False)
         except ValueError:  # a template that wants more than that
             return set()
-        behind = text.rpartition("zebra")[2].lstrip()
+        behind = text.rpartition("zebra")[2].lstrip() if "zebra" in text else ""
         return {*self.fast.encode(behind, add_special_tokens=False).ids[:1]} & self.special
 
     def render(self, messages: list[dict], add_generation_prompt: bool, tools: list | None = None) -> str:

@@ -491,7 +491,8 @@ def test_what_ends_a_turn_ends_an_answer(tmp_path):
         assert example.responses[0][-1] == end and example.scored[0][-1]
     silent = changed_tokenizer(tmp_path / "silent", chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
     strict = changed_tokenizer(tmp_path / "strict", chat_template="{{ raise_exception('a system message') }}")
-    assert silent.stops == strict.stops == {plain.eos}
+    deaf = with_marks(tmp_path / "deaf", chat_template="<|im_start|>{{ messages[0]['content'] }}")
+    assert silent.stops == strict.stops == deaf.stops == {plain.eos}
 
 
 def test_where_a_template_comes_from(tmp_path):
