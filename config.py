@@ -13,7 +13,6 @@ import math
 import os
 import re
 import runpy
-import sys
 import textwrap
 import traceback
 import types
@@ -188,8 +187,6 @@ def read_file(path: str) -> dict:
         near = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), 1)
         raise ValueError(f"{path:.200}: no such config file" + (f"; did you mean {near[0]}?" if near else ""))
     try:
-        folder = str(Path(path).resolve().parent)  # imports are found there, too
-        sys.path += [folder] * (folder not in sys.path)
         values = runpy.run_path(path)
     except Exception as error:  # of the user's own code, or of what it imports
         frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -260,7 +257,7 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
             values[key] = checked(key, values[key], TYPES[key], where)
             if key in PATHS:
                 paths = values[key] if isinstance(values[key], list) else [values[key]]
-                paths = [os.path.expanduser(path) if isinstance(path, str) else path for path in paths]
+                paths = [os.path.expanduser(path) if isinstance(path, str) else path for path in paths]  # a reward may be no path
                 values[key] = paths if isinstance(values[key], list) else paths[0]
         elif key in hyperparameters:
             defaults = [OBJECTIVES[name].hyperparameters[hyperparameter] for name, hyperparameter in hyperparameters[key]]
@@ -378,7 +375,7 @@ def stages(cfg: types.SimpleNamespace) -> dict[str, str]:
     found = {}
     for path in [path for path in models(cfg) if path.endswith(".py")]:
         stage = load_stage(path, cfg)
-        found |= {path: stage.out_dir, **stages(stage)}
+        found |= {os.path.relpath(path): stage.out_dir, **stages(stage)}
     return found
 
 
@@ -388,15 +385,18 @@ def rewards(cfg: types.SimpleNamespace) -> dict:
 
 
 def code(function: Callable) -> str:
-    """Its name and a hash of its text, so that one that was edited is another; of a partial, those of what it calls."""
+    """Its name and a hash of its text, so that one that was edited is another; with what a partial or an object holds."""
+    said = lambda v: code(v) if callable(v) else repr(sorted(v, key=repr) if isinstance(v, (set, frozenset)) else v)
     if isinstance(function, functools.partial):
-        return f"{code(function.func)} {function.args} {function.keywords}"
-    named = function if inspect.isroutine(function) else type(function)
+        given = [*map(said, function.args), *(f"{k}={said(v)}" for k, v in function.keywords.items())]
+        return " ".join([code(function.func), *given])
+    routine = inspect.isroutine(function)
+    named, held = (function, {}) if routine else (type(function), vars(function) if hasattr(function, "__dict__") else {})
     try:
-        text = hashlib.sha256(inspect.getsource(named).encode()).hexdigest()[:8]
+        text = hashlib.sha256(inspect.getsource(function if routine else named.__call__).encode()).hexdigest()[:8]
     except (OSError, TypeError):  # it was not written in a file
         text = ""
-    return f"{named.__module__}.{named.__qualname__} {text}".rstrip()
+    return " ".join([f"{named.__module__}.{named.__qualname__}", text, *(f"{k}={said(v)}" for k, v in held.items())]).rstrip()
 
 
 def as_json(cfg: types.SimpleNamespace) -> dict:

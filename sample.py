@@ -18,6 +18,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -252,18 +253,19 @@ TAKES = {"generate": ("data", "prompt", "system", "n", "out"), "chat": ("system"
 
 def main(arguments: list[str]):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    home = os.path.expanduser  # a shell leaves the ~ of --out=~/file to us
     parser.add_argument("what", choices=COMMANDS)
-    parser.add_argument("--model", required=True, help="folder of a run, a model or a checkpoint, or hub name")
-    parser.add_argument("--data", default="", help="file or glob of rows or prompts")
+    parser.add_argument("--model", required=True, type=home, help="folder of a run, a model or a checkpoint, or hub name")
+    parser.add_argument("--data", default="", type=home, help="file or glob of rows or prompts")
     parser.add_argument("--prompt", help="one prompt, in the place of a file")
-    parser.add_argument("--out", default="", help="file to write (merge: folder); default: standard output")
+    parser.add_argument("--out", default="", type=home, help="file to write (merge: folder); default: standard output")
     parser.add_argument("--n", type=int, default=0, help="generate, best: answers to a prompt (1, 8)")
     parser.add_argument("--system", default="", help="chat, --prompt: the system's message")
     parser.add_argument("--kind", default="", choices=("", *data.FORMATS), help="score: kind of rows; default: by their keys")
     parser.add_argument("--normalize", action="store_true", help="score: rewards by the eval rows' mean and deviation")
-    parser.add_argument("--reward", default="", help="best, compare: folder of the reward model")
+    parser.add_argument("--reward", default="", type=home, help="best, compare: folder of the reward model")
     parser.add_argument("--check", default="", help="best, compare: config with a check function, for the share that is right")
-    parser.add_argument("--other", default="", help="compare, merge: the other model")
+    parser.add_argument("--other", default="", type=home, help="compare, merge: the other model")
     parser.add_argument("--weight", type=float, default=0.5, help="merge: share of --model")
     options, rest = parser.parse_known_args(arguments)
     try:

@@ -145,13 +145,13 @@ def train(cfg):
     """One run, from a resolved config to out_dir/model."""
     machine, settings, out = find_machine(cfg), config.settings(cfg), Path(cfg.out_dir)
     say = print if machine.rank == 0 else lambda *_: None
-    if out.exists() and any(out.iterdir()) and not cfg.resume:
+    if written_to(out) and not cfg.resume:
         raise ValueError(f"out_dir {cfg.out_dir} is not empty; go on with --resume, name another --out_dir, or remove it")
     if cfg.resume and finished_already(out, settings, say):
         return
     report.check_tracker(cfg.track)
     taken = {}
-    for name, folder in {"this run": cfg.out_dir, **config.stages(cfg)}.items():
+    for name, folder in {"this run": cfg.out_dir, **config.stages(cfg)}.items():  # one that is named twice is one
         if (other := taken.setdefault(os.path.realpath(folder), name)) != name:
             raise ValueError(f"{other} and {name} would both write to out_dir = {folder!r}; give each its own")
     supply_of = SUPPLIES.get(config.data_kind(cfg), Rows)
@@ -424,13 +424,18 @@ def finished_already(out: Path, now: dict, say: Callable) -> bool:
     return bool(finished and not changed)
 
 
+def written_to(out: Path) -> bool:
+    """By a run that has begun: a lock alone is nothing."""
+    return out.exists() and any(path.name != "lock" for path in out.iterdir())
+
+
 def held(out: Path, how: int, machine: Machine):
     """To its end, this process alone writes to a run's folder (LOCK_EX), or nobody does (LOCK_SH: a run begins from it)."""
     busy = False
     if machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         try:
-            fcntl.lockf(os.open(out / "lock", os.O_RDWR | os.O_CREAT), how | fcntl.LOCK_NB)
+            fcntl.lockf(os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o666), how | fcntl.LOCK_NB)
         except BlockingIOError:
             busy = True
         except OSError:  # a stage in a folder that can be read alone, a filesystem without locks
@@ -452,7 +457,7 @@ def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
         held(out, fcntl.LOCK_SH, machine)
         say(f"{path}: {out / 'model'} is there")
         return str(out / "model")
-    other = machine.any(out.exists() and any(out.iterdir()) and found["digest"] != digest)
+    other = machine.any(written_to(out) and found["digest"] != digest)
     if other:
         held(out, fcntl.LOCK_EX, machine)
     if other and machine.rank == 0:

@@ -120,9 +120,9 @@ def test_what_is_not_a_key(tmp_path):
 
 
 def test_a_config_may_import_what_it_likes(tmp_path):
-    (tmp_path / "parts.py").write_text("import functools\n@functools.cache\ndef half(x):\n    return x / 2\nbatch_size = 7\n")
-    cfg = from_file(tmp_path, "from __future__ import annotations\nfrom typing import Optional\nfrom numpy import sin\nfrom parts import *\nlr = half(0.5)\n")
-    assert cfg.lr == 0.25 and cfg.batch_size == 7
+    cfg = from_file(tmp_path, "from __future__ import annotations\nfrom typing import Optional\nfrom numpy import sin\nimport functools\n"
+                              "@functools.cache\ndef half(x):\n    return x / 2\nlr = half(0.5)\n")
+    assert cfg.lr == 0.25
 
 
 def test_a_function_that_was_edited_is_another(tmp_path):
@@ -132,6 +132,10 @@ def test_a_function_that_was_edited_is_another(tmp_path):
     first, again, edited = (digest(with_reward.format(value)) for value in ("1.0", "1.0", "-1.0"))
     assert first == again != edited
     part, same, other = (digest(with_reward.format("1.0") + f"reward = partial(reward, x={x})\n") for x in (2, 2, 3))
+    judge = "class Judge:\n    def __init__(self, x):\n        self.x = x\n    def __call__(self, prompt, completion, row):\n        return {}\n"
+    one, again, other_x, other_text = (digest(with_reward.format("1.0") + judge.format(text) + f"reward = partial(Judge({x}), row={{}})\n")
+                                       for text, x in (("self.x", 1), ("self.x", 1), ("self.x", 2), ("-self.x", 1)))
+    assert one == again and len({one, other_x, other_text}) == 3
     assert part == same and len({first, part, other}) == 3 and "0x" not in str(config.settings(from_file(tmp_path, with_reward.format("2.0") + "reward = partial(reward)\n")))
 
 
