@@ -365,15 +365,16 @@ def data_kind(cfg: types.SimpleNamespace) -> str:
     return kinds.pop()
 
 
-def models(cfg: types.SimpleNamespace) -> list[str]:
-    """Every folder or config of a model that the run begins with."""
-    return [cfg.init_from, cfg.reference, cfg.teacher, cfg.critic, *[name for name in rewards(cfg) if isinstance(name, str)]]
+def stage_files(cfg: types.SimpleNamespace) -> list[str]:
+    """The config files among the models that the run begins with."""
+    models = [cfg.init_from, cfg.reference, cfg.teacher, cfg.critic, *[name for name in rewards(cfg) if isinstance(name, str)]]
+    return [name for name in models if name.endswith(".py")]
 
 
 def stages(cfg: types.SimpleNamespace) -> dict[str, str]:
     """config file -> out_dir, of every stage before a run and of those before these."""
     found = {}
-    for path in [path for path in models(cfg) if path.endswith(".py")]:
+    for path in stage_files(cfg):
         stage = load_stage(path, cfg)
         found |= {os.path.relpath(path): stage.out_dir, **stages(stage)}
     return found
@@ -423,7 +424,7 @@ def settings(cfg: types.SimpleNamespace) -> dict:
     apart |= {key for name, given in cfg.bound.items() for k in given for key in (k, f"{name}_{k}")}
     apart -= {"max_new_tokens"} if rolls(cfg) else set()
     kept = {key: value for key, value in as_json(cfg).items() if key not in apart} | {"dtype": machine(cfg)[1]}
-    for path in [path for path in models(cfg) if path.endswith(".py")]:
+    for path in stage_files(cfg):
         kept[path] = digest(load_stage(path, cfg))
     return json.loads(json.dumps(kept))
 

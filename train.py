@@ -344,7 +344,7 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
                          f"{', '.join(sorted(missing))}; on tensors it works, see losses.py")
     if cfg.init_from == "scratch" and not cfg.tokenizer:
         raise ValueError("init_from = 'scratch' needs tokenizer, a folder with tokenizer.json")
-    folders = {name: run_stage(name, cfg, machine, say) for name in config.models(cfg) if name.endswith(".py")}
+    folders = {name: run_stage(name, cfg, machine, say) for name in config.stage_files(cfg)}
     folder_of = lambda name: folders.get(name, name)
     start_from = folder_of(cfg.init_from)
     if machine.compiled:
