@@ -138,6 +138,7 @@ AT_LEAST = {"max_length": 2, "f_divergence": -math.inf} | dict.fromkeys(  # of o
 AT_MOST = dict.fromkeys(("top_p", "min_p", "lam"), 1)
 PATHS = ("init_from", "out_dir", "tokenizer", "reference", "teacher", "critic", "reward", "chat_template", "train_data",
          "eval_data", "eval_prompts")  # a shell leaves the ~ of --key=~/folder to us
+ITEMS = {"betas": float} | dict.fromkeys(("stop", "reward_tokens", "train_data", "eval_data", "eval_prompts"), str)
 TWO = ("betas", "reward_tokens")  # values, or none of the latter
 ELSEWHERE = {  # what other trainers call a key -> ours
     "learning_rate": "lr", "num_train_epochs": "epochs", "num_epochs": "epochs", "per_device_train_batch_size": "batch_size",
@@ -167,6 +168,8 @@ def checked(key: str, value, kind, where: str):
     if not any(callable(value) if k is Callable else type(value) is k for k in kinds):
         names = " or ".join("function" if k is Callable else k.__name__ for k in kinds)
         raise ValueError(f"{where}: {key} = {value!r:.60} is a {type(value).__name__}; expected {names}")
+    if key in ITEMS and isinstance(value, (list, tuple)):
+        value = type(value)(checked(f"{key}[{i}]", item, ITEMS[key], where) for i, item in enumerate(value))
     if key in CHOICES and value not in CHOICES[key]:
         raise ValueError(f"{where}: {key} = {value!r:.60}; expected one of {', '.join(map(repr, CHOICES[key]))}")
     if key in TYPES and type(value) in (int, float) and not value >= AT_LEAST.get(key, 0):
@@ -255,10 +258,7 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
     for key, where in source.items():
         if key in TYPES:
             values[key] = checked(key, values[key], TYPES[key], where)
-            if key in PATHS:
-                paths = values[key] if isinstance(values[key], list) else [values[key]]
-                paths = [os.path.expanduser(path) if isinstance(path, str) else path for path in paths]  # a reward may be no path
-                values[key] = paths if isinstance(values[key], list) else paths[0]
+            values[key] = home(values[key]) if key in PATHS else values[key]
         elif key in hyperparameters:
             defaults = [OBJECTIVES[name].hyperparameters[hyperparameter] for name, hyperparameter in hyperparameters[key]]
             if any(default != defaults[0] for default in defaults):
@@ -281,6 +281,15 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
     bound = {name: {k: next((values[key] for key in (f"{name}_{k}", k) if key in source), default)
                     for k, default in OBJECTIVES[name].hyperparameters.items()} for name in weights}
     return types.SimpleNamespace(**values, weights=weights, bound=bound)
+
+
+def home(value):
+    """Of a path, or of those in a list or in a dict's keys: with the home folder that a ~ stands for. A function stays."""
+    if isinstance(value, list):
+        return [*map(home, value)]
+    if isinstance(value, dict):
+        return {home(key): weight for key, weight in value.items()}
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def suggestion(word: str, known, elsewhere: dict) -> str:

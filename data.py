@@ -68,16 +68,13 @@ def rows_of(file: str, bar) -> Iterator[tuple[str, object]]:
     """Rows of a JSON array, or undecoded lines of JSONL, so that a bad one is a bad row and not a bad file. bar: of bytes."""
     before = bar.n
     with open(file, "rb") as raw, gzip.open(raw) if file.endswith(".gz") else contextlib.nullcontext(raw) as lines:
-        if not file.removesuffix(".gz").endswith(".json"):
+        if not file.removesuffix(".gz").endswith(".json") or lines.peek(1024).lstrip(b" \t\r\n\xef\xbb\xbf")[:1] != b"[":
             for i, line in enumerate(lines, 1):
                 bar.update(before + raw.tell() - bar.n)
                 if line.strip():
                     yield f"{file}:{i}", line
             return
-        rows = json.load(lines)
-        if not isinstance(rows, list):
-            raise ValueError(f"{file}: expected a JSON array of rows, found {type(rows).__name__}")
-        yield from ((f"{file}[{i}]", row) for i, row in enumerate(rows))
+        yield from ((f"{file}[{i}]", row) for i, row in enumerate(json.load(lines)))
 
 
 class Draft(NamedTuple):

@@ -23,6 +23,8 @@ import report
 
 def frozen(run, name: str, outputs: list[str]) -> model.Decoder:
     decoder = model.load_model(run.cfg, run.machine, name, run.tokenizer, outputs)[0].requires_grad_(False)
+    for dataset in run.datasets.values():
+        model.check_lengths(decoder, dataset, run.cfg.max_new_tokens)
     return model.without_masters(decoder, run.machine.dtype)
 
 
@@ -69,11 +71,7 @@ def teacher_source(run) -> Callable:
         raise ValueError("distillation needs teacher, a model folder or a config file")
     run.tokenizer.same_ids(data.Tokenizer(model.find_folder(teacher)))
 
-    def load():
-        decoder = frozen(run, teacher, ["logits"])
-        for dataset in run.datasets.values():
-            model.check_lengths(decoder, dataset)
-        return decoder
+    load = lambda: frozen(run, teacher, ["logits"])
     if not cfg.teacher_top_k:
         return live(run, load(), "logits", "teacher_logits")
     if any(given.get("jsd_beta") == 1 for given in cfg.bound.values()):

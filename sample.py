@@ -146,7 +146,7 @@ def score(options, cfg):
         report_steps(found, dataset)
     if options.normalize:
         if "reward_mean" not in scorer.described:
-            raise ValueError(f"{options.model}: its config.json has no reward_mean; it was trained without eval_data")
+            raise ValueError(f"{options.model}: no reward_mean in config.json: it was trained without eval_data, or on rankings")
         mean, std = scorer.described["reward_mean"], scorer.described["reward_std"]
         found = [[(value - mean) / (std or 1) for value in values] for values in found]
     return lines(found, dataset)
@@ -195,7 +195,10 @@ def best(options, cfg):
 
 
 def check_of(options):
-    return config.load([f"--config={options.check}"]).check if options.check else None
+    found = config.load([f"--config={options.check}"]).check if options.check else None
+    if options.check and not found:
+        raise ValueError(f"{options.check}: no check in it, a function (prompt, completion, row) -> bool")
+    return found
 
 
 def compare(options, cfg):

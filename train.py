@@ -184,6 +184,9 @@ def train(cfg):
     state = checkpoint.State(decoder, optimizer, scaler, running, skipped, supply)
     held(out, fcntl.LOCK_EX, machine)
     done = checkpoint.resume(out, state, machine, say) if cfg.resume else 0
+    if done > steps:
+        raise ValueError(f"{out}: its newest checkpoint is of step {done}, and the run would end at {steps}; raise max_steps or "
+                         f"epochs, or remove the checkpoint")
     pad = padding(run.tokenizer, run.datasets.values()) if machine.rank == 0 and "reward" in outputs else ()
     template = run.tokenizer.chat_template if cfg.chat_template else ""
     with_files = run.tokenizer.folder, template, pad, run.tokenizer.new_stops
@@ -372,10 +375,10 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
     prompts = datasets.pop("eval", None) if kind == "prompts" else None
     for split, dataset in datasets.items():
         say(f"{split} rows: {data.counted(dataset.counts)}")
-        model.check_lengths(decoder, dataset, cfg.max_new_tokens)
     prompts = data.load(cfg.eval_prompts, "prompts", tokenizer, cfg, False) if cfg.eval_prompts else prompts
-    if prompts:
-        model.check_lengths(decoder, prompts, cfg.max_new_tokens)
+    for dataset in [*datasets.values(), *([prompts] if prompts else [])]:
+        for trained in [decoder, *([decoder.critic] if cfg.critic else [])]:
+            model.check_lengths(trained, dataset, cfg.max_new_tokens)
     answers = (cfg.samples_per_prompt, cfg.max_new_tokens) if kind == "prompts" else ()  # that trees are yet to get
     tokens = data.stream_length([*datasets.values()], cfg.batch_size, cfg.micro_batch_tokens, *answers)
     return Run(cfg, machine, say, terms, streams, outputs, folder_of, tokenizer, decoder, saved_dtype,
@@ -673,6 +676,8 @@ def main(arguments: list[str]):
         said = f"error: another rank is gone ({str(error).splitlines()[0][:100]}); checkpoints are whole: go on with --resume"
         print(said, file=sys.stderr, flush=True)  # before the launcher ends this one too
         sys.exit(1)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        sys.exit(f"error: {error.filename}: {error.strerror}")
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", 0) not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error).lower():
             raise

@@ -80,6 +80,8 @@ def test_values_of_the_command_line(arguments, key, value):
     (["--resume=1"], "resume = 1 is a int; expected bool"),
     (["--betas=0.9"], "betas = 0.9 is a float; expected tuple"), (["--betas=(0.9,)"], r"betas = \(0.9,\); expected two values"),
     (["--reward_tokens=('good',)"], r"reward_tokens = \('good',\); expected two values"),
+    (["--stop=[13]"], r"stop\[0\] = 13 is a int; expected str"), (["--betas=(0.9,'x')"], r"betas\[1\] = 'x' is a str; expected float"),
+    (["--eval_data=['a.jsonl', 1]"], r"eval_data\[1\] = 1 is a int; expected str"),
     (["--train_data=123"], "train_data = 123 is a int; expected str or list"),
     (["--scratch={[]: 1}"], "scratch = .* is a str; expected dict"),
     (["--check=print"], "check = 'print' is a str; expected function"),
@@ -143,6 +145,7 @@ def test_a_home_is_found(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     cfg = load("--out_dir=~/runs/x", "--train_data=['~/a.jsonl', 'b.jsonl']", "--init_from=~/m", "--eval_data=~/e.jsonl")
     assert (cfg.out_dir, cfg.train_data, cfg.init_from, cfg.eval_data) == ("/home/me/runs/x", ["/home/me/a.jsonl", "b.jsonl"], "/home/me/m", "/home/me/e.jsonl")
+    assert load("--reward={'~/rm': 1.0, len: 0.5}".replace("len", "'rm'")).reward == {"/home/me/rm": 1.0, "rm": 0.5}
 
 
 def test_a_missing_file_is_named(tmp_path):

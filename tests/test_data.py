@@ -796,10 +796,18 @@ def test_a_malformed_row_of_an_array(tmp_path):
         load(file, data.Tokenizer(ARITHMETIC))
 
 
+@pytest.mark.parametrize("packed", [bytes, gzip.compress])
+def test_lines_in_a_file_that_is_called_json(packed, tmp_path):
+    name = "rows.json" + ".gz" * (packed is gzip.compress)
+    for content in (b'{"text": "1"}\n\n{"text": "2"}\n', b'\xef\xbb\xbf {"text": "1"}\n{"text": "2"}', b'\xef\xbb\xbf\n [{"text": "1"}, {"text": "2"}]'):
+        (tmp_path / name).write_bytes(packed(content))
+        assert load(str(tmp_path / name), data.Tokenizer(ARITHMETIC)).counts["used"] == 2
+
+
 @pytest.mark.parametrize("name, content", [
-    ("a.json", b'{"text": "1"}'), ("a.json", b'[{"text": "1"}'), ("a.jsonl.gz", b'{"text": "1"}'),
+    ("a.json", b'{"text":\n"1"}'), ("a.json", b'[{"text": "1"}'), ("a.jsonl.gz", b'{"text": "1"}'),
     ("a.jsonl.gz", gzip.compress(b'{"text": "1"}\n' * 99)[:-12]), ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 40)],
-    ids=["no array", "truncated", "not gzip", "truncated gzip", "garbled gzip"])
+    ids=["an object", "truncated", "not gzip", "truncated gzip", "garbled gzip"])
 def test_a_broken_file_is_named(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):

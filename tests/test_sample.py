@@ -358,7 +358,7 @@ def test_models_that_judge_and_references_have_no_masters(reward_run, tmp_path):
     cfg = config.load([*options(tmp_path, "dpo"), f"--tokenizer={ROOT / 'tasks/arithmetic'}"])
     scorer = reward.Scorer(str(reward_run), cfg, machine)
     reward.by_model(scorer, tokenizer)
-    frozen = reference.frozen(types.SimpleNamespace(cfg=cfg, machine=machine, tokenizer=tokenizer), "scratch", ["log_probs"])
+    frozen = reference.frozen(types.SimpleNamespace(cfg=cfg, machine=machine, tokenizer=tokenizer, datasets={}), "scratch", ["log_probs"])
     for decoder in (scorer.decoder, frozen):
         assert {p.dtype for name, p in decoder.named_parameters() if "_proj." in name} == {torch.bfloat16}
 
@@ -418,6 +418,9 @@ def test_two_models_are_compared(language_run, reward_run, tmp_path, monkeypatch
     monkeypatch.chdir(ROOT)
     train.train(config.load(options(tmp_path, "sft", "other", max_steps=1, seed=7, dtype="float32", scratch={**SMALL, "initializer_range": 0.3})))
     (tmp_path / "check.py").write_text("def check(prompt, completion, row):\n    return completion < '5'\n")
+    (tmp_path / "none.py").write_text("seed = 1\n")
+    with pytest.raises(SystemExit, match="none.py: no check in it"):
+        sample.main(["compare", f"--model={language_run}", f"--other={language_run}", f"--check={tmp_path / 'none.py'}", "--prompt=1+2"])
     given = ["compare", f"--model={language_run}", f"--reward={reward_run}", f"--check={tmp_path / 'check.py'}", "--max_new_tokens=5",
              "--data=tasks/arithmetic/problems_eval.jsonl", "--device=cpu"]
     sample.main([*given, f"--other={language_run}", f"--out={tmp_path / 'same.jsonl'}"])

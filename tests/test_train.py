@@ -493,9 +493,29 @@ def test_what_goes_on_is_the_run_that_was(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == written
     go("--resume", max_steps=3, lr=1e-4)
     assert "goes on with other settings than before: lr 0.01 -> 0.0001; max_steps 2 -> 3" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="its newest checkpoint is of step 2, and the run would end at 1"):  # 3 was not saved
+        go("--resume", max_steps=1)
     go(out="bare", max_steps=1)
     with pytest.raises(ValueError, match="is finished and holds no checkpoint to go on from .max_steps 1 -> 2."):
         go("--resume", out="bare", max_steps=2)
+
+
+@pytest.mark.parametrize("name, key, heads", [("dpo", "reference", model.LANGUAGE), ("kd", "teacher", model.LANGUAGE), ("ppo", "reference", model.LANGUAGE),
+                                               ("value", "critic", {"score": 1})])
+def test_every_model_of_a_run_has_positions_for_its_rows(name, key, heads, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    gpt2 = dict(model_type="gpt2", n_embd=32, n_layer=1, n_head=2)
+    short = model.scratch({**gpt2, "n_positions": 16, "vocab_size": 16, "eos_token_id": 0}, 0, heads)
+    model.save(short, tmp_path / "short", torch.float32, ROOT / "tasks/arithmetic")
+    more = {"kl_coef": 0.1} if (name, key) == ("ppo", "reference") else {}
+    with pytest.raises(ValueError, match=r"\.jsonl:\d+: \d+ tokens, and the model has 16 positions; set max_length"):
+        train.train(config.load(options(tmp_path, name, scratch={**gpt2, "n_positions": 64}, **{key: tmp_path / "short"}, **more)))
+
+
+def test_an_out_dir_that_is_a_file(tmp_path):
+    (tmp_path / "run").write_text("")
+    failed = run(options(tmp_path, "sft"), check=False)
+    assert failed.returncode == 1 and failed.stderr.splitlines()[-1] == f"error: {tmp_path / 'run'}: Not a directory"
 
 
 def test_learning_rate():
