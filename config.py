@@ -174,6 +174,8 @@ def checked(key: str, value, kind, where: str):
         raise ValueError(f"{where}: {key} = {value!r:.60}; expected one of {', '.join(map(repr, CHOICES[key]))}")
     if key in TYPES and type(value) in (int, float) and not value >= AT_LEAST.get(key, 0):
         raise ValueError(f"{where}: {key} = {value!r}; expected at least {AT_LEAST.get(key, 0)}")
+    if key.startswith("betas[") and not 0 <= value < 1:
+        raise ValueError(f"{where}: {key} = {value}; expected at least 0 and below 1")
     if key in AT_MOST and not value <= AT_MOST[key]:
         raise ValueError(f"{where}: {key} = {value!r}; expected at most {AT_MOST[key]}")
     if key in TWO and len(value) != 2 and value != getattr(Config, key):
@@ -214,7 +216,7 @@ def read_command_line(arguments: list[str]) -> tuple[str | None, dict]:
                 raise ValueError(f"command line: --{key} needs a value: --{key}=...")
         i += 1
         if key == "config":
-            path = text
+            path = os.path.expanduser(text)
             continue
         try:
             values[key] = ast.literal_eval(text)
@@ -278,8 +280,9 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
                 raise ValueError(f"{where}: {'+'.join(weights)} has no hyperparameter {key!r} (it belongs to {', '.join(owners)})")
             raise ValueError(f"{where}: unknown key {key!r:.40}.{suggestion(key, [*TYPES, *hyperparameters], ELSEWHERE)} "
                              f"`python train.py --help` lists every key")
-    bound = {name: {k: next((values[key] for key in (f"{name}_{k}", k) if key in source), default)
-                    for k, default in OBJECTIVES[name].hyperparameters.items()} for name in weights}
+    given = {key: values[key] for key in source}
+    bound = {name: {k: given.get(f"{name}_{k}", given.get(k, default)) for k, default in OBJECTIVES[name].hyperparameters.items()}
+             for name in weights}
     return types.SimpleNamespace(**values, weights=weights, bound=bound)
 
 
@@ -394,19 +397,27 @@ def rewards(cfg: types.SimpleNamespace) -> dict:
     return cfg.reward if isinstance(cfg.reward, dict) else {cfg.reward: 1.0} if cfg.reward else {}
 
 
-def code(function: Callable) -> str:
-    """Its name and a hash of its text, so that one that was edited is another; with what a partial or an object holds."""
-    said = lambda v: code(v) if callable(v) else repr(sorted(v, key=repr) if isinstance(v, (set, frozenset)) else v)
-    if isinstance(function, functools.partial):
-        given = [*map(said, function.args), *(f"{k}={said(v)}" for k, v in function.keywords.items())]
-        return " ".join([code(function.func), *given])
-    routine = inspect.isroutine(function)
-    named, held = (function, {}) if routine else (type(function), vars(function) if hasattr(function, "__dict__") else {})
+def code(value, above: tuple = ()) -> str:
+    """A function's name and a hash of its text, so that one that was edited is another, with all that it holds: what a partial was
+    given, a closure's variables, an object's attributes, and theirs. The same in every process."""
+    said = lambda v: "..." if any(v is other for other in (*above, value)) else code(v, (*above, value))
+    if isinstance(value, functools.partial):
+        return " ".join(map(said, (value.func, value.args, value.keywords)))
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{said(k)}: {said(v)}' for k, v in value.items())}}}"
+    if isinstance(value, (list, tuple, set, frozenset)):
+        parts = [*map(said, value)]
+        return f"[{', '.join(sorted(parts) if isinstance(value, (set, frozenset)) else parts)}]"
+    if not callable(value) and type(value).__repr__ is not object.__repr__:
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    itself = inspect.isroutine(value) or inspect.isclass(value)
+    named, held = value if itself else type(value), [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+    held += [value.__self__] if inspect.ismethod(value) else [] if itself or not hasattr(value, "__dict__") else [vars(value)]
     try:
-        text = hashlib.sha256(inspect.getsource(function if routine else named.__call__).encode()).hexdigest()[:8]
-    except (OSError, TypeError):  # it was not written in a file
+        text = hashlib.sha256(inspect.getsource(value if itself else named.__call__).encode()).hexdigest()[:8]
+    except (OSError, TypeError, AttributeError):  # it was not written in a file, or is no function
         text = ""
-    return " ".join([f"{named.__module__}.{named.__qualname__}", text, *(f"{k}={said(v)}" for k, v in held.items())]).rstrip()
+    return " ".join([f"{named.__module__}.{named.__qualname__}", text, *map(said, held)]).rstrip()
 
 
 def as_json(cfg: types.SimpleNamespace) -> dict:
@@ -446,8 +457,15 @@ def digest(cfg: types.SimpleNamespace) -> str:
     return hashed(settings(cfg))
 
 
+def flat(settings: dict, name: str = "") -> dict:
+    """One level of keys: {"a": {"b": 1}} -> {"a.b": 1}."""
+    parts = [flat(v, f"{name}{k}.") if isinstance(v, dict) and v else {f"{name}{k}": v} for k, v in settings.items()]
+    return dict(item for part in parts for item in part.items())
+
+
 def changes(before: dict, now: dict) -> list[str]:
     """Settings that differ."""
+    before, now = flat(before), flat(now)
     return [f"{key} {str(before.get(key))[:60]} -> {str(now.get(key))[:60]}" for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)]
 

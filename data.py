@@ -64,17 +64,24 @@ def read_rows(paths: str | list[str], show: bool = False) -> Iterator[tuple[str,
                 raise ValueError(f"{file}: {error}") from None
 
 
+BLANK = b" \t\r\n\xef\xbb\xbf"  # with the mark that some editors put first
+
+
 def rows_of(file: str, bar) -> Iterator[tuple[str, object]]:
     """Rows of a JSON array, or undecoded lines of JSONL, so that a bad one is a bad row and not a bad file. bar: of bytes."""
     before = bar.n
     with open(file, "rb") as raw, gzip.open(raw) if file.endswith(".gz") else contextlib.nullcontext(raw) as lines:
-        if not file.removesuffix(".gz").endswith(".json") or lines.peek(1024).lstrip(b" \t\r\n\xef\xbb\xbf")[:1] != b"[":
-            for i, line in enumerate(lines, 1):
-                bar.update(before + raw.tell() - bar.n)
-                if line.strip():
-                    yield f"{file}:{i}", line
-            return
-        yield from ((f"{file}[{i}]", row) for i, row in enumerate(json.load(lines)))
+        if file.removesuffix(".gz").endswith(".json"):
+            first = next((line for line in lines if line.strip(BLANK)), b"[")
+            lines.seek(0)
+            if first.lstrip(BLANK).startswith(b"["):
+                yield from ((f"{file}[{i}]", row) for i, row in enumerate(json.load(lines)))
+                return
+            json.loads(first)  # a row a line; an error, if it is one object over many
+        for i, line in enumerate(lines, 1):
+            bar.update(before + raw.tell() - bar.n)
+            if line.strip():
+                yield f"{file}:{i}", line
 
 
 class Draft(NamedTuple):
@@ -503,8 +510,8 @@ class Tokenizer:
         self.special = {i for i, token in self.fast.get_added_tokens_decoder().items() if token.special}
         self.chat_template = self._template(chat_template, config)
         turn_end = self._turn_end() if self.chat_template else set()
-        self.new_stops = sorted(self.stops | turn_end) if turn_end - self.stops else []  # of folders that are saved
         self.stops |= turn_end
+        self.ends = turn_end and {self.eos, *turn_end}  # what a folder that is saved has to say of them
 
     def _template(self, asked: str, config: dict) -> str:
         """The config's (a file, or "chatml"), else the folder's."""

@@ -699,10 +699,15 @@ def architecture(decoder: Decoder) -> dict:
 
 
 def save(decoder: Decoder, folder: Path, dtype: torch.dtype, tokenizer_from: Path, chat_template: str = "", pad: tuple = (),
-         stops: list = ()):
+         ends: set = frozenset()):
     """Write a folder that transformers and vLLM load as it is: tied weights once, the tokenizer's files beside them. pad: the
-    (id, token) of a reward model's padding, which transformers looks for to find the last token. stops: the tokens that end an
-    answer, where the folders that it comes from say otherwise."""
+    (id, token) of a reward model's padding, which transformers looks for to find the last token. ends: tokens that end an answer,
+    whether or not the folders that it comes from say so."""
+    def with_ends(described: dict) -> dict:
+        said = described.get("eos_token_id")
+        said = {*said} if isinstance(said, list) else {said} - {None}
+        return described if ends <= said else {**described, "eos_token_id": sorted(said | ends)}
+
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: p.detach().to("cpu", dtype) for name, p in decoder.named_parameters()  # shared parameters once
              if not of_critic(name)}
@@ -712,10 +717,9 @@ def save(decoder: Decoder, folder: Path, dtype: torch.dtype, tokenizer_from: Pat
             state = {name.replace("score.", "classifier."): tensor for name, tensor in state.items()}
     save_file({name: t.contiguous() for name, t in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     config = {**decoder.config, **architecture(decoder), "tie_word_embeddings": decoder.shape.tied,
-              "torch_dtype": str(dtype).removeprefix("torch."), **({"pad_token_id": pad[0]} if pad else {}),
-              **({"eos_token_id": stops} if stops else {})}
+              "torch_dtype": str(dtype).removeprefix("torch."), **({"pad_token_id": pad[0]} if pad else {})}
     config.pop("dtype", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(with_ends(config), indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
                  "chat_template.jinja"):
         if (tokenizer_from / name).is_file():
@@ -724,7 +728,7 @@ def save(decoder: Decoder, folder: Path, dtype: torch.dtype, tokenizer_from: Pat
         if path.is_file():
             path.write_text(json.dumps({**read_json(path), "pad_token": pad[1]}, indent=2) + "\n", encoding="utf-8")
     generation = folder / "generation_config.json"
-    if stops and generation.is_file():
-        generation.write_text(json.dumps({**read_json(generation), "eos_token_id": stops}, indent=2) + "\n", encoding="utf-8")
+    if ends and generation.is_file():
+        generation.write_text(json.dumps(with_ends(read_json(generation)), indent=2) + "\n", encoding="utf-8")
     if chat_template:  # the run's own, instead of the tokenizer's
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")

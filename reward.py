@@ -88,7 +88,7 @@ def number(result, where: str, text: str, mend: str) -> float | str:
     said = result if isinstance(result, Failed) else f"returned {result!r:.80}, expected a number"
     try:
         value = math.nan if isinstance(result, str) else float(result)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     return value if math.isfinite(value) else f"{where}: {said}; for the completion {text[:80]!r}{mend}"
 
@@ -161,7 +161,7 @@ def call(given: tuple) -> float | str:
     """In a worker: nothing but a number, or text, which is none, or what went wrong, crosses between processes."""
     try:
         value = function(*given)
-        return value if isinstance(value, (int, float, str)) else float(value)
+        return str(value) if isinstance(value, str) else float(value)
     except Exception as error:
         return told(error)
 

@@ -243,7 +243,7 @@ def merge(options, cfg):
         one.decoder.config |= {key: one.described[key] for key in model.REWARD if key in one.described}
     dtype = getattr(torch, cfg.save_dtype) if cfg.save_dtype else one.saved_dtype
     out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.publish(out, lambda folder: model.save(one.decoder, folder, dtype, one.tokenizer.folder))
+    checkpoint.publish(out, lambda folder: model.save(one.decoder, folder, dtype, one.tokenizer.folder, ends=one.tokenizer.ends))
     print(out, file=sys.stderr)
 
 
@@ -267,7 +267,7 @@ def main(arguments: list[str]):
     parser.add_argument("--kind", default="", choices=("", *data.FORMATS), help="score: kind of rows; default: by their keys")
     parser.add_argument("--normalize", action="store_true", help="score: rewards by the eval rows' mean and deviation")
     parser.add_argument("--reward", default="", type=home, help="best, compare: folder of the reward model")
-    parser.add_argument("--check", default="", help="best, compare: config with a check function, for the share that is right")
+    parser.add_argument("--check", default="", type=home, help="best, compare: config with a check function")
     parser.add_argument("--other", default="", type=home, help="compare, merge: the other model")
     parser.add_argument("--weight", type=float, default=0.5, help="merge: share of --model")
     options, rest = parser.parse_known_args(arguments)
@@ -291,7 +291,7 @@ def main(arguments: list[str]):
         options.n = options.n or {"best": 8}.get(options.what, 1)
         usual = {"truncation": "error", "compile": "auto" if options.data else False}  # for one answer it would not pay
         said = COMMANDS[options.what](options, config.load(rest, ("sample.py", usual))) or []
-    except ValueError as error:
+    except (ValueError, FileExistsError, NotADirectoryError) as error:
         sys.exit(f"error: {error}")
     beside_each_other = options.what == "compare" and not options.out and sys.stdout.isatty()
     text = "".join((beside(line) if beside_each_other else json.dumps(line)) + "\n" for line in said)

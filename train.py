@@ -145,15 +145,16 @@ def train(cfg):
     """One run, from a resolved config to out_dir/model."""
     machine, settings, out = find_machine(cfg), config.settings(cfg), Path(cfg.out_dir)
     say = print if machine.rank == 0 else lambda *_: None
-    if written_to(out) and not cfg.resume:
-        raise ValueError(f"out_dir {cfg.out_dir} is not empty; go on with --resume, name another --out_dir, or remove it")
+    in_use(out, cfg, machine)
     if cfg.resume and finished_already(out, settings, say):
         return
     report.check_tracker(cfg.track)
     taken = {}
     for name, folder in {"this run": cfg.out_dir, **config.stages(cfg)}.items():  # one that is named twice is one
-        if (other := taken.setdefault(os.path.realpath(folder), name)) != name:
-            raise ValueError(f"{other} and {name} would both write to out_dir = {folder!r}; give each its own")
+        path = Path(os.path.realpath(folder))
+        for other in [other for other, its in taken.items() if path.is_relative_to(its) or its.is_relative_to(path)]:
+            raise ValueError(f"{other} and {name} would both write to out_dir = {folder!r}; give each its own, none in another")
+        taken[name] = path
     supply_of = SUPPLIES.get(config.data_kind(cfg), Rows)
     run = prepared(cfg, machine, say, supply_of.provides)
     decoder, terms, outputs, layout = run.decoder, run.terms, run.outputs, run.layout
@@ -183,13 +184,14 @@ def train(cfg):
     steps = cfg.max_steps or math.ceil(cfg.epochs * supply.per_epoch)
     state = checkpoint.State(decoder, optimizer, scaler, running, skipped, supply)
     held(out, fcntl.LOCK_EX, machine)
+    in_use(out, cfg, machine)  # another run may have come and gone since
     done = checkpoint.resume(out, state, machine, say) if cfg.resume else 0
-    if done > steps:
-        raise ValueError(f"{out}: its newest checkpoint is of step {done}, and the run would end at {steps}; raise max_steps or "
-                         f"epochs, or remove the checkpoint")
+    if done > steps or done == steps and finished(out):  # with other settings, or this one would have ended above
+        raise ValueError(f"{out}: its newest checkpoint is of step {done}, and the run ends at {steps}: no step is left for the "
+                         f"settings of now; raise max_steps or epochs, or name another --out_dir")
     pad = padding(run.tokenizer, run.datasets.values()) if machine.rank == 0 and "reward" in outputs else ()
     template = run.tokenizer.chat_template if cfg.chat_template else ""
-    with_files = run.tokenizer.folder, template, pad, run.tokenizer.new_stops
+    with_files = run.tokenizer.folder, template, pad, run.tokenizer.ends
     write_model = lambda folder, dtype: model.save(decoder, folder, dtype, *with_files)
 
     def save(step: int):
@@ -347,6 +349,10 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
                          f"{', '.join(sorted(missing))}; on tensors it works, see losses.py")
     if cfg.init_from == "scratch" and not cfg.tokenizer:
         raise ValueError("init_from = 'scratch' needs tokenizer, a folder with tokenizer.json")
+    if not cfg.train_data:
+        raise ValueError("train_data is empty; name the files to train on")
+    for paths in filter(None, (cfg.train_data, cfg.eval_data, cfg.eval_prompts)):
+        data.files_of(paths)  # an error now, and not behind the stages
     folders = {name: run_stage(name, cfg, machine, say) for name in config.stage_files(cfg)}
     folder_of = lambda name: folders.get(name, name)
     start_from = folder_of(cfg.init_from)
@@ -362,8 +368,6 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
         tokenizer.same_ids(data.Tokenizer(model.find_folder(folder_of(cfg.critic))))
         decoder.critic = model.load_model(cfg, machine, folder_of(cfg.critic), tokenizer, ["reward"])[0]
 
-    if not cfg.train_data:
-        raise ValueError("train_data is empty; name the files to train on")
     if kind == "prompts" and cfg.eval_data and cfg.eval_prompts:
         raise ValueError("eval_data and eval_prompts are both prompts to answer here; name one of them")
     if cfg.eval_prompts and not (cfg.check or cfg.reward):
@@ -376,7 +380,7 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
     for split, dataset in datasets.items():
         say(f"{split} rows: {data.counted(dataset.counts)}")
     prompts = data.load(cfg.eval_prompts, "prompts", tokenizer, cfg, False) if cfg.eval_prompts else prompts
-    for dataset in [*datasets.values(), *([prompts] if prompts else [])]:
+    for dataset in filter(None, [*datasets.values(), prompts]):
         for trained in [decoder, *([decoder.critic] if cfg.critic else [])]:
             model.check_lengths(trained, dataset, cfg.max_new_tokens)
     answers = (cfg.samples_per_prompt, cfg.max_new_tokens) if kind == "prompts" else ()  # that trees are yet to get
@@ -412,19 +416,33 @@ def noting_signals(steps: range, told: list[int]) -> Iterator[int]:
 def finished_already(out: Path, now: dict, say: Callable) -> bool:
     """Of a run that is to go on, with the settings of now. What has changed since is said; another objective is an error, and so
     is a run that is finished and has nothing to go on from."""
-    found = model.read_json(out / "run.json") if (out / "run.json").is_file() else {}
-    before, finished = found.get("settings", {}), found.get("finished") and (out / "model").is_dir()
+    before, over = run_json(out).get("settings", {}), finished(out)
     changed = config.changes(before, now) if before else []
     if before and before["weights"].keys() != now["weights"].keys():
         raise ValueError(f"{out}: {'+'.join(before['weights'])} was trained there, and this is {'+'.join(now['weights'])}; name "
                          f"another --out_dir")
-    if finished and not changed:
+    if over and not changed:
         say(f"{out} is finished already: {out / 'model'}")
-    elif finished and not checkpoint.found(out):
+    elif over and not checkpoint.found(out):
         raise ValueError(f"{out} is finished and holds no checkpoint to go on from ({'; '.join(changed)}); name another --out_dir")
     elif changed:
         say(f"{out} goes on with other settings than before: {'; '.join(changed)}")
-    return bool(finished and not changed)
+    return over and not changed
+
+
+def run_json(out: Path) -> dict:
+    """What a run has written of itself; {}: nothing."""
+    return model.read_json(out / "run.json") if (out / "run.json").is_file() else {}
+
+
+def finished(out: Path) -> bool:
+    return bool(run_json(out).get("finished")) and (out / "model").is_dir()
+
+
+def in_use(out: Path, cfg, machine: Machine):
+    """An error, of a folder that a new run would write over."""
+    if machine.any(written_to(out) and not cfg.resume):
+        raise ValueError(f"out_dir {cfg.out_dir} is not empty; go on with --resume, name another --out_dir, or remove it")
 
 
 def written_to(out: Path) -> bool:
@@ -453,24 +471,22 @@ def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
     stage = config.load_stage(path, cfg)
     out, settings = Path(stage.out_dir), config.settings(stage)
     digest = config.hashed(settings)
-    machine.barrier()
-    found = model.read_json(out / "run.json") if (out / "run.json").is_file() else {"digest": None, "finished": False}
-    machine.barrier()  # every rank has looked before any of them writes
-    if found["digest"] == digest and found["finished"] and (out / "model").is_dir():
+    found, over, begun = machine.share((run_json(out), finished(out), written_to(out)))[0]  # what one rank sees, all of them do
+    same = found.get("digest") == digest
+    if same and over:
         held(out, fcntl.LOCK_SH, machine)
         say(f"{path}: {out / 'model'} is there")
         return str(out / "model")
-    other = machine.any(written_to(out) and found["digest"] != digest)
-    if other:
+    if begun and not same:
         held(out, fcntl.LOCK_EX, machine)
-    if other and machine.rank == 0:
+    if begun and not same and machine.rank == 0:
         aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.old{i}")).exists())
         out.rename(aside)
         changed = config.changes(found["settings"], settings) if "settings" in found else ["another config"]
         say(f"{path}: {out} is kept as {aside}, it was made with other settings: {'; '.join(changed)}")
     machine.barrier()
     say(f"{path}: running this stage first")
-    stage.resume = found["digest"] == digest
+    stage.resume = same
     train(stage)
     held(out, fcntl.LOCK_SH, machine)
     gc.collect()  # compiled blocks are in reference cycles

@@ -80,7 +80,7 @@ def test_values_of_the_command_line(arguments, key, value):
     (["--resume=1"], "resume = 1 is a int; expected bool"),
     (["--betas=0.9"], "betas = 0.9 is a float; expected tuple"), (["--betas=(0.9,)"], r"betas = \(0.9,\); expected two values"),
     (["--reward_tokens=('good',)"], r"reward_tokens = \('good',\); expected two values"),
-    (["--stop=[13]"], r"stop\[0\] = 13 is a int; expected str"), (["--betas=(0.9,'x')"], r"betas\[1\] = 'x' is a str; expected float"),
+    (["--stop=[13]"], r"stop\[0\] = 13 is a int; expected str"), (["--betas=(0.9,1.0)"], r"betas\[1\] = 1.0; expected at least 0 and below 1"), (["--betas=(0.9,'x')"], r"betas\[1\] = 'x' is a str; expected float"),
     (["--eval_data=['a.jsonl', 1]"], r"eval_data\[1\] = 1 is a int; expected str"),
     (["--train_data=123"], "train_data = 123 is a int; expected str or list"),
     (["--scratch={[]: 1}"], "scratch = .* is a str; expected dict"),
@@ -138,6 +138,13 @@ def test_a_function_that_was_edited_is_another(tmp_path):
     one, again, other_x, other_text = (digest(with_reward.format("1.0") + judge.format(text) + f"reward = partial(Judge({x}), row={{}})\n")
                                        for text, x in (("self.x", 1), ("self.x", 1), ("self.x", 2), ("-self.x", 1)))
     assert one == again and len({one, other_x, other_text}) == 3
+    held = {"a closure": "def make(x):\n    return lambda prompt, completion, row: x\nreward = make({})\n",
+            "two closures": "def make(x):\n    return lambda prompt, completion, row: x\nreward = {{make(1): {}, make(2): 0.5}}\n",
+            "a method": judge.format("self.x") + "reward = Judge({}).__call__\n", "an object": judge.format("self.x.y") + "class Held:\n    pass\n"
+            "reward = Judge(Held())\nreward.x.y, reward.x.me, reward.lock = {}, reward, __import__('threading').Lock()\n"}
+    for text in held.values():
+        settings = lambda x: config.settings(from_file(tmp_path, with_reward.format("1.0") + text.format(x)))
+        assert settings(2.0) == settings(2.0) != settings(3.0) and "0x" not in str(settings(2.0))
     assert part == same and len({first, part, other}) == 3 and "0x" not in str(config.settings(from_file(tmp_path, with_reward.format("2.0") + "reward = partial(reward)\n")))
 
 

@@ -208,7 +208,7 @@ def test_rewards_of_functions():
     assert said[0] == [0.0, 1.0] and said[1][0] == 0.0
     assert said[1][1].startswith("rows.jsonl:2: reward <lambda>: ValueError: invalid literal") and "completion 'x'" in said[1][1]
     assert reward.by_function(some)(rows, texts) == [[5.0, 5.0], [6.0, 6.0]]
-    for value in (math.nan, math.inf, None, "1", [1.0]):
+    for value in (math.nan, math.inf, None, "1", [1.0], 10**400):
         assert "rows.jsonl:1: reward <lambda>: returned" in reward.by_function(lambda prompt, completion, row: value)(rows[:1], [["a"]])[0][0]
     assert reward.by_function(lambda prompt, completion, row: torch.tensor(2.0))(rows[:1], [["a"]]) == [[2.0]]
     assert "4 answers and 1 rewards" in reward.by_function(lambda prompts, completions, rows: [1.0])(rows, texts)[0][0]
@@ -217,15 +217,15 @@ def test_rewards_of_functions():
 def test_a_reward_that_hangs_is_ended(tmp_path):
     """Real processes: the one that hangs costs its timeout and its own answer."""
     file = tmp_path / "slow.py"
-    file.write_text("import os, time\nclass Odd(Exception):\n    def __init__(self, a, b):\n        pass\ndef judge(prompt, completion, row):\n    if completion == 'hang':\n        time.sleep(600)\n"
+    file.write_text("import enum, os, time\nclass Level(enum.IntEnum):\n    high = 7\nclass Odd(Exception):\n    def __init__(self, a, b):\n        pass\ndef judge(prompt, completion, row):\n    if completion == 'hang':\n        time.sleep(600)\n"
                     "    if completion == 'raise':\n        raise KeyError('answer')\n"
-                    "    if completion == 'odd':\n        raise Odd(1, 2)\n    if completion == 'die':\n        os._exit(1)\n    return '1' if completion == 'text' else len(completion)\n")
+                    "    if completion == 'odd':\n        raise Odd(1, 2)\n    if completion == 'die':\n        os._exit(1)\n    return {'text': '1', 'huge': 10**400, 'enum': Level.high}.get(completion, len(completion))\n")
     function = config.runpy.run_path(str(file))["judge"]
     give = reward.by_function(function, workers=2, timeout=1.0)
-    said = give([example({"prompt": "p"}, "rows.jsonl:7")], [["a", "hang", "bbb", "raise", "cc", "odd", "die", "dddd", "text"]])[0]
-    assert (said[0], said[2], said[4], said[7]) == (1.0, 3.0, 2.0, 4.0)
+    said = give([example({"prompt": "p"}, "rows.jsonl:7")], [["a", "hang", "bbb", "raise", "cc", "odd", "die", "dddd", "text", "huge", "enum"]])[0]
+    assert (said[0], said[2], said[4], said[7], said[10]) == (1.0, 3.0, 2.0, 4.0, 7.0) and "OverflowError" in said[9]
     assert said[1].startswith("rows.jsonl:7: reward judge: TimeoutError: no answer within reward_timeout = 1 seconds")
-    assert said[3].startswith(f"rows.jsonl:7: reward judge: KeyError: 'answer' ({file}:9); for") and "reward judge: Odd:" in said[5]
+    assert said[3].startswith(f"rows.jsonl:7: reward judge: KeyError: 'answer' ({file}:11); for") and "reward judge: Odd:" in said[5]
     assert "no answer within reward_timeout = 1 seconds: it hangs, or its process died" in said[6]
     assert said[8].startswith("rows.jsonl:7: reward judge: returned '1', expected a number")
     with pytest.raises(ValueError, match="not at the top of"):

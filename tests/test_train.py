@@ -18,6 +18,7 @@ import data
 import losses
 import model
 import reference
+import sample
 import train
 from conftest import ROOT
 from launch import run, start
@@ -393,7 +394,11 @@ def test_a_failed_start_leaves_nothing_and_a_run_is_a_start(tmp_path, monkeypatc
     described = [json.loads((saved / name).read_text()) for name in ("config.json", "generation_config.json")]
     tokenizer = data.Tokenizer(saved)
     assert [d["eos_token_id"] for d in described] == [sorted({tokenizer.eos, tokenizer.fast.token_to_id("<|im_end|>")})] * 2 and described[1]["max_length"] == 99
-    assert tokenizer.new_stops == [] and tokenizer.stops == set(described[0]["eos_token_id"])
+    assert tokenizer.stops == set(described[0]["eos_token_id"])
+    train.train(config.load(options(tmp_path, "dpo", "again", tokenizer=saved, max_steps=1)))  # a new model, with a tokenizer that ends turns
+    sample.main(["merge", f"--model={tmp_path / 'again'}", f"--out={tmp_path / 'merged'}", "--device=cpu"])
+    for folder in (tmp_path / "again" / "model", tmp_path / "merged"):
+        assert [json.loads((folder / name).read_text())["eos_token_id"] for name in ("config.json", "generation_config.json")] == [sorted(tokenizer.stops)] * 2
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["eos_token_id"] == 0  # EOS ends a turn there
     train.train(config.load(options(tmp_path, "dpo", "on", init_from=tmp_path / "run", max_steps=1)))  # a config's own out_dir
 
@@ -429,6 +434,8 @@ def test_two_stages_do_not_share_a_folder(tmp_path, monkeypatch):
         (tmp_path / f"{name}.py").write_text(f"objective = 'sft'\ninit_from = 'scratch'\nout_dir = {str(tmp_path / out)!r}\n")
     refused = lambda message, **more: pytest.raises(ValueError, train.train, config.load(options(tmp_path, "dpo", **more))).match(message)
     refused("this run and .*one.py would both write to out_dir = .*shared", out="shared", init_from=tmp_path / "one.py")
+    (tmp_path / "inner.py").write_text(f"objective = 'sft'\ninit_from = 'scratch'\nout_dir = {str(tmp_path / 'run' / 'first')!r}\n")
+    refused("this run and .*inner.py would both write .*; give each its own, none in another", init_from=tmp_path / "inner.py")
     refused("one.py and .*other.py would both write", init_from=tmp_path / "one.py", reference=tmp_path / "other.py")
     assert not (tmp_path / "shared").exists() and not (tmp_path / "run").exists()
     cfg = config.load(options(tmp_path, "dpo", init_from=tmp_path / "one.py", reference=tmp_path / ".." / tmp_path.name / "one.py"))
@@ -446,7 +453,32 @@ def test_a_run_goes_on_in_another_dtype_and_not_with_another_optimizer(tmp_path,
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5] and all(math.isfinite(line["loss"]) for line in lines(tmp_path / "run"))
     capsys.readouterr()
     go("--resume", dtype="float32", max_steps=6, objective={"dpo": 0.5})  # a weight is no other objective
-    assert "weights {'dpo': 1.0} -> {'dpo': 0.5}" in capsys.readouterr().out
+    assert "weights.dpo 1.0 -> 0.5" in capsys.readouterr().out
+
+
+def test_a_run_that_came_and_went_is_not_written_over(tmp_path, monkeypatch):
+    """While this one was preparing: it looked into its folder before."""
+    monkeypatch.chdir(ROOT)
+    prepared = train.prepared
+
+    def meanwhile(*given):
+        monkeypatch.undo()
+        monkeypatch.chdir(ROOT)
+        run(options(tmp_path, "sft", max_steps=1))
+        return prepared(*given)
+    monkeypatch.setattr(train, "prepared", meanwhile)
+    with pytest.raises(ValueError, match="out_dir .*run is not empty"):
+        train.train(config.load(options(tmp_path, "dpo")))
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1] and train.finished(tmp_path / "run")
+
+
+def test_a_typo_is_found_before_the_stages(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "first.py").write_text(f"objective = 'sft'\ninit_from = 'scratch'\nout_dir = {str(tmp_path / 'first')!r}\n")
+    for key in ("train_data", "eval_data"):
+        with pytest.raises(ValueError, match="nowhere.jsonl: no such file"):
+            train.train(config.load(options(tmp_path, "dpo", init_from=tmp_path / "first.py", **{key: tmp_path / "nowhere.jsonl"})))
+    assert not (tmp_path / "first").exists()
 
 
 def test_two_runs_do_not_work_in_one_folder(tmp_path, monkeypatch):
@@ -493,8 +525,9 @@ def test_what_goes_on_is_the_run_that_was(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == written
     go("--resume", max_steps=3, lr=1e-4)
     assert "goes on with other settings than before: lr 0.01 -> 0.0001; max_steps 2 -> 3" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="its newest checkpoint is of step 2, and the run would end at 1"):  # 3 was not saved
-        go("--resume", max_steps=1)
+    for steps in (1, 2):  # 3 was not saved
+        with pytest.raises(ValueError, match=f"its newest checkpoint is of step 2, and the run ends at {steps}: no step is left"):
+            go("--resume", max_steps=steps)
     go(out="bare", max_steps=1)
     with pytest.raises(ValueError, match="is finished and holds no checkpoint to go on from .max_steps 1 -> 2."):
         go("--resume", out="bare", max_steps=2)
