@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from losses import OBJECTIVES, OPTIONS, Term, bind, check, streams
+from losses import ADVANTAGES, OBJECTIVES, OPTIONS, Term, bind, check, streams
 
 
 @dataclass
@@ -126,7 +126,7 @@ class Config:
 
 
 CHOICES = {"bad_rewards": ("error", "skip"),
-           "advantages": ("gae", "reinforce", "reinforce_baseline", "rloo", "group_norm", "group_center"),
+           "advantages": tuple(ADVANTAGES),
            "truncation": ("cut", "drop", "error"), "tokenize": ("joint", "apart"), "train_on": ("", "all", "last"),
            "bad_rows": ("error", "skip"), "schedule": ("constant", "linear", "cosine"), "optimizer": ("adamw", "muon"),
            "device": ("auto", "cpu", "cuda"),
@@ -263,7 +263,8 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
             values[key] = home(values[key]) if key in PATHS else values[key]
         elif key in hyperparameters:
             defaults = [OBJECTIVES[name].hyperparameters[hyperparameter] for name, hyperparameter in hyperparameters[key]]
-            if any(default != defaults[0] for default in defaults):
+            unset = any(f"{name}_{key}" not in source for name, _ in hyperparameters[key])
+            if unset and any(default != defaults[0] for default in defaults):
                 raise ValueError(f"{where}: {key} is not the same thing in {' and '.join(weights)}; set "
                                  f"{' and '.join('_'.join(pair) for pair in hyperparameters[key])} apart")
             values[key] = checked(key, values[key], type(defaults[0]), where)
@@ -279,7 +280,7 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
             if owners:
                 raise ValueError(f"{where}: {'+'.join(weights)} has no hyperparameter {key!r} (it belongs to {', '.join(owners)})")
             raise ValueError(f"{where}: unknown key {key!r:.40}.{suggestion(key, [*TYPES, *hyperparameters], ELSEWHERE)} "
-                             f"`python train.py --help` lists every key")
+                             f"`python train.py --help` lists every key; in a file, _names are none")
     given = {key: values[key] for key in source}
     bound = {name: {k: given.get(f"{name}_{k}", given.get(k, default)) for k, default in OBJECTIVES[name].hyperparameters.items()}
              for name in weights}
@@ -327,7 +328,7 @@ def terms(cfg: types.SimpleNamespace, compiled: bool) -> list[Term]:
     read = streams(made)
     for key in [key for key in NEEDS if getattr(cfg, key) != getattr(Config, key)]:
         used, what = NEEDS[key]
-        if not used(cfg, read):
+        if not used(cfg, read) and not has(cfg, key):
             raise ValueError(f"{key} = {getattr(cfg, key)!r} does nothing in {'+'.join(cfg.weights)} without {what}; "
                              f"leave it out")
     return made
@@ -348,15 +349,14 @@ NEEDS = {  # key -> (config, streams that losses read) -> is it read; and what t
                      "min_p"), (rolls, "a loss on prompts")),
     **dict.fromkeys(("rollout_batch", "stop"),
                     (lambda cfg, read: rolls(cfg) or cfg.eval_prompts, "a loss on prompts or eval_prompts")),
-    "temperature": (lambda cfg, read: rolls(cfg) or has(cfg, "temperature"), "a loss on prompts, or distillation"),
+    "temperature": (rolls, "a loss on prompts, or distillation"),
     "reward_workers": (lambda cfg, read: any(map(callable, rewards(cfg))), "a reward that is a function"),
     "reward_timeout": (lambda cfg, read: cfg.reward_workers, "reward_workers"),
     "overlong_penalty": (lambda cfg, read: cfg.overlong_buffer, "overlong_buffer"),
     "filter_rounds": (lambda cfg, read: cfg.filter_groups, "filter_groups"),
-    "gamma": (lambda cfg, read: has(cfg, "gamma") or rolls(cfg) and (
-        "values" in read or cfg.advantages in ("gae", "reinforce", "reinforce_baseline")),
+    "gamma": (lambda cfg, read: rolls(cfg) and ("values" in read or ADVANTAGES[cfg.advantages].ahead),
               "advantages or a critic that look ahead"),
-    "lam": (lambda cfg, read: cfg.advantages == "gae", "advantages = 'gae'"),
+    "lam": (lambda cfg, read: ADVANTAGES[cfg.advantages].critic, "advantages = 'gae'"),
     "kl_target": (lambda cfg, read: cfg.kl_coef, "kl_coef"), "kl_horizon": (lambda cfg, read: cfg.kl_target, "kl_target"),
     **dict.fromkeys(("critic", "critic_lr", "critic_warmup"), (lambda cfg, read: "values" in read, "the value loss")),
     "reference": (lambda cfg, read: "reference_log_probs" in read or cfg.kl_coef, "a loss that reads a reference, or kl_coef"),
@@ -484,6 +484,6 @@ def help_text() -> str:
     for o in OBJECTIVES.values():
         lines += textwrap.wrap(" ".join([o.name, *(f"--{k}={v}" for k, v in o.hyperparameters.items())]), 78, initial_indent="  ",
                                subsequent_indent="    ", break_on_hyphens=False)
-        first = re.sub(r"\s+", " ", o.loss.__doc__.split("\n\n")[0])
+        first = re.sub(r"\s+", " ", (o.loss.__doc__ or "").split("\n\n")[0])
         lines += textwrap.wrap(first, 72, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)

@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import tempfile
+import traceback
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -829,6 +830,8 @@ def as_dataset(examples: Sequence, counts: Counter, sizes: Sequence = ()) -> Dat
 
 def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: bool = True) -> Dataset:
     """Read, tokenize and truncate every row; a malformed one stops the run unless bad_rows = "skip"."""
+    if kind not in FORMATS:
+        raise ValueError(f"rows of kind {kind!r} are not known; known: {', '.join(FORMATS)}")
     train_on, chat, counts = cfg.train_on or TRAIN_ON[kind], bool(tokenizer.chat_template), Counter()
     examples, sizes, drafts, rows, longest_prompt = Stored(cfg.cache_dir), array.array("q"), [], {}, cfg.max_prompt_length
     columns, noted = set(), set()  # those there are, and those that were read
@@ -867,7 +870,9 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
                 counts["bad"] += 1
                 continue
             wrong_type = not isinstance(error, (ValueError, RecursionError))
-            said = f"{type(error).__name__}: {error}; is a field missing, or of another type?" if wrong_type else error
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            at = f"{type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno})"
+            said = f"{at}; is a field missing, or of another type?" if wrong_type else error
             said = f"not JSON: {error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else said
             raise ValueError(f"{where}: {said}; bad_rows = 'skip' leaves such rows out") from None
         if not draft.responses:

@@ -94,6 +94,8 @@ def objective(data: str | None, per: str | Callable, show: str | None = None, co
         if coupled and "logits" in reads:
             raise TypeError(f"{loss.__name__}: logits are made in chunks, and a coupled loss asks for those of a whole step")
         hyperparameters = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        for key in [key for key, value in hyperparameters.items() if type(value) not in (bool, int, float, str)]:
+            raise TypeError(f"{loss.__name__}: {key} needs a default, a number, a text or a switch, which says what it may be")
         divisor = per if callable(per) else lambda: per
         o = Objective(loss.__name__, loss, data, divisor, show, reads, hyperparameters, limits, coupled)
         OBJECTIVES[loss.__name__] = o
@@ -160,6 +162,9 @@ def total(terms: list[Term], outputs: dict, batch: dict, counts: dict) -> tuple[
         metrics.update({metric: reduced(read(READINGS[name], available), None)
                         for name, metric in REPORTED.items() if name in term.reads})
         values, mask, more = term.loss(*inputs.values(), **term.hyperparameters)
+        if not 0 < values.dim() <= max(x.dim() for x in inputs.values() if isinstance(x, Tensor)):
+            raise ValueError(f"{term.objective.name}: its values have shape {tuple(values.shape)}; expected one for each pair, "
+                             f"response or token: no mean, and no (P, P)")
         if term.importance:
             values = values * read(term.importance, available)
         share, count = reduced(values, mask)
@@ -252,7 +257,7 @@ RUNNING = {"running_reward": "rewards/mean"}  # reading -> metric: its mean over
 def reference_free(term: Term, value: bool) -> Term:
     """The reference's log-probs are 0."""
     zeros = lambda policy: Reading(policy.streams, lambda batch, *_: torch.zeros_like(read(policy, batch)))
-    changed = {name: zeros(term.reads[name.replace("reference", "policy")])
+    changed = {name: zeros(term.reads.get(name.replace("reference", "policy"), READINGS["log_probs"]))
                for name in term.reads if name.startswith("reference_")}
     return term._replace(reads={**term.reads, **changed}) if changed else term
 
@@ -996,6 +1001,47 @@ def whiten(advantages: Tensor, action_mask: Tensor, sum_ranks: Callable = lambda
     centered = torch.where(action_mask, x - first / count.clamp(min=1), 0)
     variance = sum_ranks(centered.square().sum()) / count.clamp(min=1)
     return centered * (variance + eps).rsqrt()
+
+
+def at_end(scores: Tensor, mask: Tensor) -> Tensor:
+    """(R,) at each response's last action token, (R, L)."""
+    return scores.new_zeros(mask.shape).scatter(1, mask.sum(1, keepdim=True) - 1, scores[:, None])
+
+
+def by_gae(scores, penalty, values, mask, n, gamma, lam):
+    advantages, returns = gae(penalty + at_end(scores, mask), values, mask, gamma, lam)
+    return whiten(advantages, mask), returns
+
+
+def by_return(scores, penalty, values, mask, n, gamma, lam):
+    returns = discounted(penalty + at_end(scores, mask), mask, gamma)
+    return whiten(returns, mask), returns
+
+
+def by_centered_return(scores, penalty, values, mask, n, gamma, lam):
+    return by_return(group_center(scores.view(-1, n)).flatten(), penalty, values, mask, n, gamma, lam)
+
+
+def by_group(weigh: Callable) -> Callable:
+    """One advantage for all tokens of a response: weigh(total rewards (G, n))."""
+    def advantages(scores, penalty, values, mask, n, gamma, lam):
+        returns = discounted(penalty + at_end(scores, mask), mask, gamma)
+        return torch.where(mask, weigh((scores + penalty.sum(1)).view(-1, n)).view(-1, 1), 0), returns
+    return advantages
+
+
+class Estimator(NamedTuple):
+    """of: (scores (R,), minus the KL penalty (R, L), values (R, L) or None, action mask (R, L), n, gamma, lam) -> advantages and
+    returns (R, L)."""
+    of: Callable
+    critic: bool = False  # it needs values
+    group: bool = False  # it compares the answers to a prompt
+    ahead: bool = False  # a token's advantage is of what comes later: gamma discounts
+
+
+ADVANTAGES = {"gae": Estimator(by_gae, critic=True, ahead=True), "reinforce": Estimator(by_return, ahead=True),
+              "reinforce_baseline": Estimator(by_centered_return, group=True, ahead=True),
+              **{weigh.__name__: Estimator(by_group(weigh), group=True) for weigh in (rloo, group_norm, group_center)}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

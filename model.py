@@ -580,6 +580,7 @@ def read_state(folder: Path, shape: Shape) -> dict[str, Tensor]:
 def load(folder: Path, heads: dict[str, int] = LANGUAGE, seed: int = 0) -> tuple[Decoder, torch.dtype]:
     """A model in fp32 (master weights; fp64 stays) with these heads, and the dtype its folder has. Every tensor is accounted
     for: heads that are not asked for are left out, and a score head that is not there is new (by seed)."""
+    folder = Path(folder)
     config = read_json(folder / "config.json")
     for said in (*REWARD, "step_token", "reward_tokens"):  # of the folder's own rows: not the next model's
         config.pop(said, None)
@@ -708,6 +709,7 @@ def save(decoder: Decoder, folder: Path, dtype: torch.dtype, tokenizer_from: Pat
         said = {*said} if isinstance(said, list) else {said} - {None}
         return described if ends <= said else {**described, "eos_token_id": sorted(said | ends)}
 
+    folder, tokenizer_from = Path(folder), Path(tokenizer_from)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: p.detach().to("cpu", dtype) for name, p in decoder.named_parameters()  # shared parameters once
              if not of_critic(name)}

@@ -2,7 +2,7 @@
 
   python plot.py out/sft out/dpo --out=runs.png
 
-A panel for each metric that any of the runs has, in the order of PANELS; eval
+A panel for each metric that any of the runs has, those of PANELS first; eval
 lines are dots on a line, train lines thin, with their running mean.
 --only=reward,kl draws these alone.
 """
@@ -17,6 +17,7 @@ PANELS = ("loss", "exact_match", "rewards/accuracies", "accuracy", "rewards/marg
           "logps/chosen", "logps/rejected", "reward", "kl", "entropy", "policy/clip_fraction", "policy/rollout_kl", "value/loss",
           "value/explained_variance", "response_length", "ended", "grad_norm", "lr", "tokens_per_second",
           "rollout/tokens_per_second")
+ASIDE = ("step", "split", "tokens", "skipped_steps", "peak_memory_gb")  # no panels
 
 
 def read(run: str) -> list[dict]:
@@ -50,10 +51,13 @@ def draw(runs: dict[str, list[dict]], only: list[str], out: str):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    has = lambda name: any(line.get(name) is not None for lines in runs.values() for line in lines)
-    shown = [name for name in only or PANELS if has(name)]
+    there = dict.fromkeys(name for lines in runs.values() for line in lines for name, value in line.items() if value is not None)
+    for name in [name for name in only if name not in there]:
+        raise ValueError(f"no {name} in {', '.join(runs)}; there are {', '.join(there)}")
+    others = [name for name in there if name not in (*PANELS, *ASIDE) and not name.endswith("seconds")]
+    shown = only or [*(name for name in PANELS if name in there), *others]
     if not shown:
-        raise ValueError(f"none of {', '.join(only or PANELS)} is in {', '.join(runs)}")
+        raise ValueError(f"no metrics in {', '.join(runs)}")
     columns = min(len(shown), 4)
     figure, axes = pyplot.subplots(math.ceil(len(shown) / columns), columns, squeeze=False, layout="constrained",
                                    figsize=(3.6 * columns, 2.6 * math.ceil(len(shown) / columns)))

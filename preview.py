@@ -17,6 +17,7 @@ import numpy as np
 import config
 import data
 import model
+import report
 
 GREEN, RED, FAINT = "1;32", "1;31", "2"
 LONG = 240  # tokens that are shown of a text
@@ -126,6 +127,8 @@ def main(arguments: list[str]):
         kind, tokenizer = config.data_kind(cfg), tokenizer_of(cfg)
         dataset = data.load(files or cfg.train_data, kind, tokenizer, cfg)
     except ValueError as error:
+        if not report.on_purpose(error):
+            raise
         sys.exit(f"error: {error}")
     examples = dataset.examples
     print(f"{kind} rows for {'+'.join(cfg.weights)}, tokens of {tokenizer.folder}:")

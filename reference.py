@@ -210,10 +210,11 @@ def fingerprint(name: str, cfg) -> str:
 
 
 def key(run, dataset: data.Dataset, what: str, weights: str) -> str:
-    """What a table depends on: weights, token ids and scored masks, and what numbers depend on besides these."""
+    """What a table depends on: weights, token ids and scored masks, and what numbers depend on besides these, the code too."""
     machine = run.machine
     precision = f"{machine.device} {machine.dtype} {torch.__version__} compiled={machine.compiled} {run.layout.tokens}"
-    digest = hashlib.sha256(f"{weights} {precision} {what}".encode())
+    source = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (data, losses, model))
+    digest = hashlib.sha256(f"{weights} {precision} {what} {source}".encode())
     for e in dataset.examples:
         for part in (e.prompt, *e.responses, *e.scored):
             digest.update(len(part).to_bytes(4, "little") + part.tobytes())

@@ -277,35 +277,7 @@ def look(slots: Slots, strings: tuple, text: Callable | None, watch: Callable | 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From rewards to advantages: (scores (R,), KL penalty (R, L), values (R, L) or None, action mask (R, L), n, gamma, lam) ->
-# advantages and returns (R, L)
-
-
-def at_end(scores: Tensor, mask: Tensor) -> Tensor:
-    """(R,) at each response's last action token, (R, L)."""
-    return scores.new_zeros(mask.shape).scatter(1, mask.sum(1, keepdim=True) - 1, scores[:, None])
-
-
-def by_gae(scores, penalty, values, mask, n, gamma, lam):
-    advantages, returns = losses.gae(penalty + at_end(scores, mask), values, mask, gamma, lam)
-    return losses.whiten(advantages, mask), returns
-
-
-def by_return(scores, penalty, values, mask, n, gamma, lam):
-    returns = losses.discounted(penalty + at_end(scores, mask), mask, gamma)
-    return losses.whiten(returns, mask), returns
-
-
-def by_centered_return(scores, penalty, values, mask, n, gamma, lam):
-    return by_return(losses.group_center(scores.view(-1, n)).flatten(), penalty, values, mask, n, gamma, lam)
-
-
-def by_group(weigh: Callable) -> Callable:
-    """One advantage for all tokens of a response: weigh(total rewards (G, n))."""
-    def advantages(scores, penalty, values, mask, n, gamma, lam):
-        returns = losses.discounted(penalty + at_end(scores, mask), mask, gamma)
-        return torch.where(mask, weigh((scores + penalty.sum(1)).view(-1, n)).view(-1, 1), 0), returns
-    return advantages
+# Rollouts
 
 
 def shaped(rewards: Tensor, size: Tensor, ended: Tensor, cfg) -> Tensor:
@@ -314,14 +286,6 @@ def shaped(rewards: Tensor, size: Tensor, ended: Tensor, cfg) -> Tensor:
     scores = rewards.clamp(-cfg.reward_clip, cfg.reward_clip) if cfg.reward_clip else rewards
     over = (size - (cfg.max_new_tokens - cfg.overlong_buffer)).clamp(min=0) / max(cfg.overlong_buffer, 1)
     return scores - cfg.missing_eos_penalty * (1 - ended) - (cfg.overlong_penalty * over if cfg.overlong_buffer else 0)
-
-
-ADVANTAGES = {"gae": by_gae, "reinforce": by_return, "reinforce_baseline": by_centered_return, "rloo": by_group(losses.rloo),
-              "group_norm": by_group(losses.group_norm), "group_center": by_group(losses.group_center)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollouts
 
 
 class Group(NamedTuple):
@@ -371,10 +335,12 @@ class Rollouts:
         self.prompts, self.size = run.datasets["train"], cfg.rollout_prompts or cfg.batch_size
         if self.size % cfg.batch_size:
             raise ValueError(f"rollout_prompts = {self.size} are no whole number of steps of batch_size = {cfg.batch_size}")
-        if cfg.advantages == "gae" and "values" not in run.streams:
-            raise ValueError("advantages = 'gae' needs a critic: objective = {..., 'value': 0.5}; or name other advantages: "
-                             f"{', '.join(name for name in ADVANTAGES if name != 'gae')}")
-        if cfg.samples_per_prompt < 2 and cfg.advantages not in ("gae", "reinforce"):
+        estimator = losses.ADVANTAGES[cfg.advantages]
+        if estimator.critic and "values" not in run.streams:
+            others = ", ".join(name for name, other in losses.ADVANTAGES.items() if not other.critic)
+            raise ValueError(f"advantages = {cfg.advantages!r} needs a critic: objective = {{..., 'value': 0.5}}; or name other "
+                             f"advantages: {others}")
+        if cfg.samples_per_prompt < 2 and estimator.group:
             raise ValueError(f"advantages = {cfg.advantages!r} compare the answers to one prompt; set samples_per_prompt above 1")
         self.minibatches = self.size // cfg.batch_size
         self.steps = self.minibatches * cfg.rollout_epochs  # of a rollout
@@ -498,7 +464,7 @@ class Rollouts:
         reference_logps = table(columns["reference_log_probs"] if self.reference else old)
         kl = losses.kl_estimate(table(old), reference_logps, mask)
         values = table(columns["old_values"]) if "old_values" in columns else None
-        advantages, returns = ADVANTAGES[cfg.advantages](
+        advantages, returns = losses.ADVANTAGES[cfg.advantages].of(
             scores, -self.kl_coef * kl, values, mask, cfg.samples_per_prompt, cfg.gamma, cfg.lam)
         columns |= {"advantages": advantages[mask], "returns": returns[mask]}
 

@@ -34,6 +34,7 @@ import checkpoint
 import config
 import data
 import model
+import report
 import reward
 import rollout
 import train
@@ -292,6 +293,8 @@ def main(arguments: list[str]):
         usual = {"truncation": "error", "compile": "auto" if options.data else False}  # for one answer it would not pay
         said = COMMANDS[options.what](options, config.load(rest, ("sample.py", usual))) or []
     except (ValueError, FileExistsError, NotADirectoryError) as error:
+        if isinstance(error, ValueError) and not report.on_purpose(error):
+            raise
         sys.exit(f"error: {error}")
     beside_each_other = options.what == "compare" and not options.out and sys.stdout.isatty()
     text = "".join((beside(line) if beside_each_other else json.dumps(line)) + "\n" for line in said)

@@ -531,7 +531,7 @@ class Meter:
         self.sums = {}
 
     def add(self, loss, metrics: dict):
-        for name, pair in {"loss": (loss.detach(), torch.zeros_like(loss)), **metrics}.items():
+        for name, pair in {**metrics, "loss": (loss.detach(), torch.zeros_like(loss))}.items():
             pair = torch.stack([part.double() for part in pair])
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
@@ -681,9 +681,8 @@ def main(arguments: list[str]):
         return print(config.help_text())
     try:
         train(config.load(arguments))
-    except ValueError as error:  # raised by this project: the message is for the user; from anywhere else: a bug
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if Path(raised_in).parent != Path(__file__).parent:
+    except ValueError as error:
+        if not report.on_purpose(error):
             raise
         sys.exit(f"error: {error}")
     except RuntimeError as error:  # gloo's; NCCL's watchdog ends the process by itself

@@ -208,6 +208,10 @@ def test_a_key_of_the_run_that_a_loss_has_too(monkeypatch):
     (term,) = config.terms(load("--objective=simpo", "--gamma=1.5"), False)
     assert term.hyperparameters == dict(beta=2.0, gamma=1.5) and load("--objective=simpo", "--simpo_gamma=0.3").bound["simpo"]["gamma"] == 0.3
     monkeypatch.setitem(OBJECTIVES, "cold", OBJECTIVES["simpo"]._replace(name="cold", hyperparameters=dict(gamma=0.3, temperature=2.0)))
+    monkeypatch.setitem(OBJECTIVES, "best", OBJECTIVES["dpo"]._replace(name="best", hyperparameters=dict(top_k=3)))
+    assert config.terms(load("--objective=best", "--top_k=5"), False)[0].hyperparameters == dict(top_k=5)
+    monkeypatch.setitem(OBJECTIVES, "bare", OBJECTIVES["dpo"]._replace(name="bare", loss=lambda x: x))  # without a docstring
+    assert "\n  bare --beta=0.1" in config.help_text()
     assert load("--objective=cold").bound["cold"] == dict(gamma=0.3, temperature=2.0)
     assert load("--objective=cold", "--gamma=0.5").bound["cold"] == dict(gamma=0.5, temperature=2.0)
     with pytest.raises(ValueError, match="gamma = 0.5 does nothing in dpo without"):
@@ -221,6 +225,8 @@ def test_hyperparameters_that_several_losses_have(tmp_path):
     assert [given["beta"] for given in load(two, "--beta=0.3", "--ipo_beta=0.2").bound.values()] == [0.3, 0.2]
     assert [given["beta"] for given in load("--objective={'dpo': 1, 'simpo': 1}").bound.values()] == [0.1, 2.0]
     refused("beta is not the same thing in dpo and simpo; set dpo_beta and simpo_beta apart", "--objective={'dpo': 1, 'simpo': 1}", "--beta=0.3")
+    set_apart = from_file(tmp_path, "objective, beta = {'dpo': 1, 'simpo': 1}, 0.5", "--dpo_beta=0.2", "--simpo_beta=3.0")  # a file's beta cannot be unset
+    assert [given["beta"] for given in set_apart.bound.values()] == [0.2, 3.0]
     refused("simpo: beta = -1.0; expected above 0", "--objective={'dpo': 1, 'simpo': 1}", "--simpo_beta=-1")
     refused("unknown key 'simpo_beta'", "--objective=dpo", "--simpo_beta=1")
     assert from_file(tmp_path, "objective, beta, nll_coef = 'dpo', 0.1, 1.0", "--dpo_beta=0.2").bound["dpo"]["beta"] == 0.2  # the file sets beta

@@ -3,10 +3,12 @@
 `CASES` holds the restatements; a loss that is registered and has none fails here. They are plain: log(1 / (1 + exp(-x))),
 one row or one token at a time, and take their gradient from autograd in float64.
 """
+import inspect
 import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -864,6 +866,36 @@ def test_reference_free_takes_zero_for_the_reference():
     assert loss == pytest.approx(sum(expected) / 3, rel=1e-12)
     term = losses.OPTIONS["reference_free"](losses.bind("dpo", 1.0, dict(beta=0.1, label_smoothing=0.0)), True)
     assert losses.streams([term]) == {"log_probs"}  # no reference is loaded for it
+
+
+@pytest.mark.parametrize("option, value", [("reference_free", True), ("f_divergence", "js")])
+def test_options_of_a_loss_that_reads_tokens_too(option, value, monkeypatch):
+    """One of a fork: DPO that reports a KL of tokens, which takes zeros for the reference as well."""
+    def watched(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, log_probs, reference_log_probs, action_mask):
+        values, mask, metrics = losses.OBJECTIVES["dpo"].loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+        return values, mask, {**metrics, "kl": (log_probs - reference_log_probs, action_mask)}
+    reads = tuple(inspect.signature(watched).parameters)
+    monkeypatch.setitem(losses.OBJECTIVES, "watched", losses.OBJECTIVES["dpo"]._replace(name="watched", loss=watched, reads=reads, hyperparameters={}))
+    (loss, metrics, rows), (plain, _, _) = run_term("watched", (option, value)), run_term("dpo", (option, value))
+    assert loss == plain
+    if option == "reference_free":
+        assert (metrics["kl"][0] / metrics["kl"][1]).item() == pytest.approx(np.concatenate([own for own, _ in rows]).mean(), rel=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x.mean(), lambda x: x[:, None] - x])
+def test_a_mean_and_an_outer_product_are_no_values(wrong, monkeypatch):
+    def loss(policy_chosen_logps, policy_rejected_logps):
+        return wrong(policy_chosen_logps - policy_rejected_logps), None, {}
+    monkeypatch.setitem(losses.OBJECTIVES, "mine", losses.OBJECTIVES["cpo"]._replace(name="mine", loss=loss, reads=("policy_chosen_logps", "policy_rejected_logps"), hyperparameters={}))
+    with pytest.raises(ValueError, match=r"mine: its values have shape \(.*; expected one for each pair, response or token: no mean"):
+        run_term("mine")
+
+
+def test_a_hyperparameter_has_a_default():
+    for mine in (lambda log_probs, *, scale: None, lambda log_probs, *, scale=None: None):
+        with pytest.raises(TypeError, match="scale needs a default"):
+            losses.objective("preference", "pairs")(mine)
+    assert "<lambda>" not in losses.OBJECTIVES
 
 
 def test_ld_alpha_weighs_the_tokens_past_the_shorter_response():

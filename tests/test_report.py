@@ -4,9 +4,11 @@ import sys
 import types
 
 import pytest
+import torch
 
 import config
 import data
+import losses
 import preview
 import report
 import train
@@ -47,6 +49,14 @@ def test_the_summary_says_what_was_learned(tmp_path, monkeypatch, capsys):
     assert f"score --model={tmp_path / 'imitating'}" in imitating and "generate" not in imitating
     rolled = told(capsys, *options(tmp_path, "reinforce", "rolled", advantages="reinforce", eval_prompts=ROWS["prompts"]))
     assert rolled.count("  reward ") == 1
+
+
+@pytest.mark.parametrize("text, ours", [("losses.rloo(torch.zeros(2, 1))", True), ("int('a')", False), ("raise ValueError", False)])
+def test_a_slip_is_not_said_as_a_message(text, ours):
+    """A `raise` of the project's files is for the user; what Python says of a line of theirs, or of others' files, is a bug."""
+    with pytest.raises(ValueError) as caught:
+        exec(compile(text, str(ROOT / "mine.py"), "exec"), dict(losses=losses, torch=torch))
+    assert report.on_purpose(caught.value) == ours
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

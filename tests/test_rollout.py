@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import config
 import data
+import losses
 import model
 import reward
 import rollout
@@ -257,7 +258,7 @@ def by_answer(made: rollout.Rollout, name: str) -> list[list[float]]:
 SHAPED = dict(gamma=0.9, kl_coef=0.3, reward_clip=0.8, missing_eos_penalty=0.25, overlong_buffer=3, overlong_penalty=0.5)
 
 
-@pytest.mark.parametrize("name", rollout.ADVANTAGES)
+@pytest.mark.parametrize("name", losses.ADVANTAGES)
 def test_advantages_are_those_of_the_formulas(name, tmp_path, recorded, capsys):
     """Float64 restatement in plain loops, from answers, rewards and log-probs on; groups are cut into pieces by the stream."""
     start(tmp_path, objective={"ppo": 1.0, "value": 0.5}, advantages=name, micro_batch_tokens=26, max_steps=4, rollout_epochs=2,

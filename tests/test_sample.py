@@ -409,7 +409,13 @@ def test_runs_are_drawn(language_run, reward_run, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(Figure, "legend", lambda figure, handles, labels, **more: legends.append([*labels]))
     plot.main([str(language_run), str(reward_run), f"--out={tmp_path / 'two.png'}", "--only=nll,margin"])  # each has one of the two
     assert legends == [[str(language_run), str(reward_run)]]
-    with pytest.raises(SystemExit, match="none of nothing is in"):
+    from matplotlib.axes import Axes
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda axis, title, **more: titles.append(title))
+    (tmp_path / "mine.jsonl").write_text('{"step": 1, "split": "train", "loss": 1.0, "seconds": 1.0, "tokens": 5, "mine": 2.0, "lr": 0.1}\n')
+    plot.main([str(tmp_path / "mine.jsonl"), f"--out={tmp_path / 'mine.png'}"])
+    assert titles == ["loss", "lr", "mine"]  # a metric of a fork, behind those that are known
+    with pytest.raises(SystemExit, match="no nothing in .*; there are step, split"):
         plot.main([str(language_run), "--only=nothing"])
 
 

@@ -243,6 +243,10 @@ def test_the_reference_is_the_start_and_not_the_policy(tmp_path, monkeypatch):
     for a, b, c in zip(cached, again, live, strict=True):
         assert a["loss"] == b["loss"] == pytest.approx(c["loss"], abs=1e-12)
     assert len(list((tmp_path / "cache").iterdir())) == 1
+    (tmp_path / "model.py").write_text((ROOT / "model.py").read_text() + "# edited\n")
+    monkeypatch.setattr(model, "__file__", str(tmp_path / "model.py"))  # of a fork: what its model says may be something else
+    train.train(config.load(options(tmp_path, "dpo", "edited", max_steps=1)))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_margin_at_the_start_in_fp32_with_other_packing(tmp_path, monkeypatch):
