@@ -434,9 +434,9 @@ def machine(cfg: types.SimpleNamespace) -> tuple[str, str]:
     return device, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
 
 
-def settings(cfg: types.SimpleNamespace) -> dict:
+def settings(cfg: types.SimpleNamespace, above: tuple = ()) -> dict:
     """What decides a run's result, the stages before it included: not where it is computed and written, nor how it is
-    evaluated, logged and saved."""
+    evaluated, logged and saved. above: config files of the stages that this one is before."""
     apart = {"device", "compile", "out_dir", "resume", "log_every", "save_every", "keep_checkpoints", "cache_dir", "samples",
              "track", "activation_checkpointing", "head_memory", "max_skipped_steps", "eval_data", "eval_prompts", "eval_every",
              "check", "max_new_tokens"}
@@ -445,7 +445,9 @@ def settings(cfg: types.SimpleNamespace) -> dict:
     apart -= {"max_new_tokens"} if rolls(cfg) else set()
     kept = {key: value for key, value in as_json(cfg).items() if key not in apart} | {"dtype": machine(cfg)[1]}
     for path in stage_files(cfg):
-        kept[path] = digest(load_stage(path, cfg))
+        if path in above:
+            raise ValueError(f"{path} begins with its own result: {' <- '.join([*above, path])}")
+        kept[path] = hashed(settings(load_stage(path, cfg), (*above, path)))
     return json.loads(json.dumps(kept))
 
 

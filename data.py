@@ -33,7 +33,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 import report
 from losses import OBJECTIVES
-from model import read_json
+from model import Noting, read_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
@@ -456,21 +456,6 @@ def prompt_row(row: dict, train_on: str, chat: bool) -> Draft:
     return Draft(with_system(row, prompt, chat), [], [])
 
 
-class Row(dict):
-    """A row that notes which of its columns are read; without nulls: these are columns that are not there."""
-
-    def __init__(self, row: dict, nulls: bool):
-        super().__init__(row if nulls or None not in row.values() else {k: v for k, v in row.items() if v is not None})
-        self.read = set()
-
-    def __getitem__(self, key):
-        self.read.add(key)
-        return super().__getitem__(key)
-
-    def get(self, key, default=None):
-        return self[key] if key in self else default
-
-
 FORMATS = {"sft": sft_row, "preference": preference_row, "kto": kto_row, "prm": prm_row, "steps": steps_row, "prompts": prompt_row}
 TRAIN_ON = {"sft": "all", "preference": "last", "kto": "last", "prm": "all", "steps": "all",
             "prompts": "last"}  # which assistant turns, unless the config says
@@ -856,7 +841,8 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
             row = json.loads(row) if isinstance(row, bytes) else row
             if not isinstance(row, dict):
                 raise ValueError(f"expected an object, found {type(row).__name__}")
-            noting = Row(row, nulls=kind in ("prm", "steps"))  # theirs say something
+            nulls = kind in ("prm", "steps") or None not in row.values()  # else they are columns that are not there
+            noting = Noting(row if nulls else {k: v for k, v in row.items() if v is not None})
             draft = FORMATS[kind](noting, train_on, chat)
             with_tools = isinstance(draft.prompt, list) and "tools" in tokenizer.chat_template
             tools = objects(noting["tools"], "tools") if with_tools and noting.get("tools") else None

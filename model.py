@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shutil
+import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -112,6 +113,21 @@ def _gpt2(c: dict) -> Shape:
 
 FAMILIES = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3, "gpt2": _gpt2}
 NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gpt2": "GPT2"}
+
+
+class Noting(dict):
+    """A dict that notes which of its keys are read."""
+
+    def __init__(self, given: dict):
+        super().__init__(given)
+        self.read = set()
+
+    def __getitem__(self, key):
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        return self[key] if key in self else default
 
 
 def read_shape(config: dict, where: str) -> Shape:
@@ -643,7 +659,12 @@ def load_model(cfg, machine, name: str, tokenizer, outputs: list[str]) -> tuple[
         if not cfg.scratch:
             raise ValueError("init_from = 'scratch' needs scratch = {model_type, hidden_size, ...}, as in config.json")
         tokens = {"vocab_size": tokenizer.fast.get_vocab_size(), "eos_token_id": tokenizer.eos, "bos_token_id": tokenizer.bos}
-        decoder, saved = scratch({**tokens, **cfg.scratch}, cfg.seed, heads), torch.float32
+        given = Noting({**tokens, **cfg.scratch})
+        read_shape(given, "scratch")
+        unread = sorted(given.keys() - given.read - tokens.keys() - {"initializer_range"})
+        if unread and machine.rank == 0:
+            print(f"scratch: {', '.join(unread)}: not read of a {given['model_type']} model", file=sys.stderr)
+        decoder, saved = scratch(dict(given), cfg.seed, heads), torch.float32
     else:
         decoder, saved = load(find_folder(name), heads, cfg.seed)
     if "step_logits" in outputs:

@@ -161,6 +161,14 @@ def test_a_missing_file_is_named(tmp_path):
     refused("nowhere/dpo.py: no such config file$", "--config", "nowhere/dpo.py")
 
 
+def test_a_stage_does_not_begin_with_itself(tmp_path):
+    one, other = tmp_path / "one.py", tmp_path / "other.py"
+    one.write_text(f"init_from = {str(other)!r}\n")
+    other.write_text(f"init_from, reference, objective = 'x', {str(one)!r}, 'dpo'\n")
+    with pytest.raises(ValueError, match="one.py begins with its own result: .*one.py <- .*other.py <- .*one.py"):
+        config.settings(load(f"--init_from={one}"))
+
+
 def test_a_stage_inherits_seed_and_machine_only(tmp_path):
     (tmp_path / "stage.py").write_text("seed = 1\nlr = 0.5\ndevice = 'cpu'\n")
     parent = load("--seed=7", "--dtype=float64", "--lr=0.25", "--device=auto", "--compile=False")

@@ -1,10 +1,12 @@
 """Every config in configs/ runs, and the demo does what its docstring says."""
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +115,43 @@ def test_the_loss_in_the_readme_trains(repo):
     python(repo, "train.py", "--config=configs/focal.py", "--focus=2.0", f"--cache_dir={repo}/cache", *TINY_RUN)
     first = lines(repo / "out/focal")[0]
     assert {"loss/focal", "rewards/accuracies", "logps/chosen"} <= first.keys() and first["loss/focal"] == pytest.approx(0.25 * 0.693147, rel=1e-4)
+
+
+def test_the_loop_in_the_readme_is_that_of_a_run(repo):
+    """With its rows, seed and steps, it ends in the same metrics."""
+    given = [option for option in TINY_RUN if not option.startswith("--max_steps")]
+    python(repo, "train.py", "--objective=sft", "--train_data=tasks/arithmetic/sft_eval.jsonl", "--out_dir=out/sft", "--max_steps=1", *given)
+    said = python(repo, "-c", box("# own.py"))
+    python(repo, "train.py", "--objective=dpo", "--train_data=tasks/arithmetic/pairs.jsonl", "--init_from=out/sft", "--out_dir=out/own2", "--max_steps=10",
+           "--lr=1e-4", "--schedule=constant", "--weight_decay=0.01", "--grad_clip=0", f"--cache_dir={repo}/cache", "--device=cpu")
+    ours, theirs = [eval(line) for line in said.splitlines()][-1], lines(repo / "out/own2")[-1]
+    assert {"rewards/margins", "logps/chosen"} <= ours.keys() <= theirs.keys() and ours["rewards/margins"] > 1e-3
+    assert all(value == pytest.approx(theirs[name], rel=1e-3) for name, value in ours.items() if name != "rewards/accuracies")
+    assert (repo / "out/own/model.safetensors").is_file()
+
+
+def test_the_advantage_in_the_readme_is_one(repo):
+    with open(repo / "losses.py") as file:
+        source = file.read()
+    after = source.index("\n\n", source.index("ADVANTAGES = {"))
+    (repo / "losses.py").write_text(source[:after] + "\n\n\n" + box("# losses.py, behind ADVANTAGES") + source[after:])
+    said = python(repo, "-c", "import losses, torch; print(losses.ADVANTAGES['group_rank'].of(torch.tensor([3.0, -9.0, 5.0, 3.0]), torch.zeros(4, 2), None, "
+                              "torch.ones(4, 2).bool(), 4, 1.0, 1.0)[0].tolist())")
+    assert eval(said) == [[0.0] * 2, [-0.75] * 2, [0.75] * 2, [0.0] * 2]
+    python(repo, "train.py", "--config=configs/grpo.py", "--advantages=group_rank", f"--cache_dir={repo}/cache", *TINY_RUN, "--batch_size=8", "--max_new_tokens=8", "--out_dir=out/rank")
+    assert lines(repo / "out/rank")
+
+
+def test_demonstrations_among_pairs(repo):
+    """As README adds them: they are imitated, and are no pairs."""
+    line = re.search(r'`(if "completion" in row: .+?)`', README)[1]
+    source = (repo / "data.py").read_text()
+    begin = source.index("    missing = ", source.index("def preference_row"))
+    (repo / "data.py").write_text(f"{source[:begin]}    {line}\n{source[begin:]}")
+    (repo / "mixed.jsonl").write_text("".join(Path(ROOT / "tasks/arithmetic" / name).read_text() for name in ("sft_eval.jsonl", "pairs_eval.jsonl")))
+    python(repo, "train.py", "--objective={'dpo': 1.0, 'sft': 1.0}", "--train_data=mixed.jsonl", "--out_dir=out/mixed", f"--cache_dir={repo}/cache", *TINY_RUN, "--batch_size=1000")
+    first = lines(repo / "out/mixed")[0]
+    assert first["loss"] == pytest.approx(math.log(2) + first["nll"], rel=1e-4) and first["loss/dpo"] == pytest.approx(math.log(2), rel=1e-4)
 
 
 def test_the_format_in_the_readme_is_read(repo):

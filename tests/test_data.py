@@ -1085,7 +1085,7 @@ def test_step_formats(row, prompt, steps):
     ({"prompt": "p", "completions": ["a"], "labels": [-1]}, "found -1"), ({"prompt": "p", "completions": [], "labels": []}, "steps should be a list of texts"),
     ({"prompt": "p", "completions": ["a"]}, "1 steps and None labels"), ({"input": "no tag", "label": "no tag"}, "'input' has none of the step tags"),
     ({"input": f"a {KI}", "label": "a + b -"}, "behind the last .* there is more: 'b -'"), ({"input": f"a {KI} tail", "label": "a + tail"}, "there is more: 'tail'"),
-    ({"question": {"problem": "q"}, "label": {"finish_reason": "x"}}, "KeyError: 'steps'; is a field missing"), ({"input": "q", "steps": None, "mistake_index": 1}, "TypeError"),
+    ({"question": {"problem": "q"}, "label": {"finish_reason": "x"}}, r"KeyError: 'steps' \(data.py:\d+\); is a field missing"), ({"input": "q", "steps": None, "mistake_index": 1}, "TypeError"),
     ({"input": f"a {KI}", "label": "b +"}, "they part at 'a '"), ({"input": f"a {KI}", "label": "a ?"}, "found '\\?'"), ({"x": 1}, r"found keys \['x'\]")])
 def test_what_is_wrong_with_steps_is_said(row, message, tmp_path):
     with pytest.raises(ValueError, match=f"rows.jsonl:2: .*{message}"):

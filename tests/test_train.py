@@ -476,6 +476,14 @@ def test_a_run_that_came_and_went_is_not_written_over(tmp_path, monkeypatch):
     assert [line["step"] for line in lines(tmp_path / "run")] == [1] and train.finished(tmp_path / "run")
 
 
+def test_what_scratch_does_not_read_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    train.train(config.load(options(tmp_path, "sft", max_steps=1, scratch={**SMALL, "num_key_value_head": 4, "softcap": 30.0})))
+    assert "scratch: num_key_value_head, softcap: not read of a llama model" in capsys.readouterr().err
+    train.train(config.load(options(tmp_path, "sft", "plain", max_steps=1)))
+    assert "not read" not in capsys.readouterr().err
+
+
 def test_a_typo_is_found_before_the_stages(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / "first.py").write_text(f"objective = 'sft'\ninit_from = 'scratch'\nout_dir = {str(tmp_path / 'first')!r}\n")
