@@ -115,18 +115,28 @@ def clear(out: Path):
             shutil.rmtree(folder)
 
 
+def newest(out: Path) -> tuple[Path | None, int]:
+    """The newest checkpoint and its step, or None and 0."""
+    folders = found(out)
+    return (folders[-1], int(folders[-1].name.removeprefix("checkpoint-"))) if folders else (None, 0)
+
+
 def resume(out: Path, state: State, machine, say: Callable) -> int:
     """Put the newest checkpoint back; metrics past it are dropped. Returns the steps done."""
-    folders = found(out)
+    folder, step = newest(out)
     machine.barrier()
-    folder, step = (folders[-1], int(folders[-1].name.removeprefix("checkpoint-"))) if folders else (None, 0)
     say(f"resuming from {folder}" if folder else f"{out} holds no checkpoint: starting from step 0")
+    if folder:
+        put_back(folder, step, state)
     if machine.rank == 0 and (out / "metrics.jsonl").is_file():
         lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and step and json.loads(line)["step"] <= step]
         write_text(out / "metrics.jsonl", "".join(kept))
-    if not folder:
-        return 0
+    return step
+
+
+def put_back(folder: Path, step: int, state: State):
+    """A checkpoint's weights, moments and all that is carried over steps."""
     weights, moments, kept = read(folder, state.decoder)
     parameters = dict(state.decoder.named_parameters())
     with torch.no_grad():
@@ -150,7 +160,6 @@ def resume(out: Path, state: State, machine, say: Callable) -> int:
     if state.scaler.is_enabled() and kept["scaler"]:  # of a run in another dtype there is none
         state.scaler.load_state_dict(kept["scaler"])
     state.supply.restore(folder, step, kept["supply"])
-    return step
 
 
 def read(folder: Path, decoder: model.Decoder) -> list[dict]:

@@ -397,27 +397,48 @@ def rewards(cfg: types.SimpleNamespace) -> dict:
     return cfg.reward if isinstance(cfg.reward, dict) else {cfg.reward: 1.0} if cfg.reward else {}
 
 
-def code(value, above: tuple = ()) -> str:
-    """A function's name and a hash of its text, so that one that was edited is another, with all that it holds: what a partial was
-    given, a closure's variables, an object's attributes, and theirs. The same in every process."""
-    said = lambda v: "..." if any(v is other for other in (*above, value)) else code(v, (*above, value))
-    if isinstance(value, functools.partial):
-        return " ".join(map(said, (value.func, value.args, value.keywords)))
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{said(k)}: {said(v)}' for k, v in value.items())}}}"
-    if isinstance(value, (list, tuple, set, frozenset)):
-        parts = [*map(said, value)]
-        return f"[{', '.join(sorted(parts) if isinstance(value, (set, frozenset)) else parts)}]"
-    if not callable(value) and type(value).__repr__ is not object.__repr__:
-        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-    itself = inspect.isroutine(value) or inspect.isclass(value)
-    named, held = value if itself else type(value), [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
-    held += [value.__self__] if inspect.ismethod(value) else [] if itself or not hasattr(value, "__dict__") else [vars(value)]
-    try:
-        text = hashlib.sha256(inspect.getsource(value if itself else named.__call__).encode()).hexdigest()[:8]
-    except (OSError, TypeError, AttributeError):  # it was not written in a file, or is no function
-        text = ""
-    return " ".join([f"{named.__module__}.{named.__qualname__}", text, *map(said, held)]).rstrip()
+def code(function: Callable) -> str:
+    """Its name, and a hash of its text and of all that it holds: defaults, a closure's variables, what a partial was given, an
+    object's attributes and the text of its methods. One that was edited is another; the same in every process."""
+    known = {}  # id -> object, hash: each is read once, and kept, lest another gets its id
+
+    def text(code: types.CodeType) -> str:
+        try:
+            return inspect.getsource(code)
+        except OSError:  # it was not written in a file
+            return code.co_code.hex()
+
+    def parts(v) -> list:
+        """What an object consists of."""
+        if isinstance(v, dict):
+            return sorted(said([k, x]) for k, x in v.items())
+        if isinstance(v, (list, tuple)):
+            return [*map(said, v)]
+        if isinstance(v, (set, frozenset)):
+            return sorted(map(said, v))
+        if isinstance(v, functools.partial):
+            return [*map(said, (v.func, v.args, v.keywords))]
+        if isinstance(v, types.MethodType):
+            return [*map(said, (v.__func__, v.__self__))]
+        if isinstance(v, types.FunctionType):
+            held = [cell.cell_contents for cell in v.__closure__ or () if cell != types.CellType()]  # which is empty
+            return [v.__qualname__, text(v.__code__), *map(said, (v.__defaults__, v.__kwdefaults__, held, vars(v)))]
+        if isinstance(v, type):
+            own = {k: x for k, x in vars(v).items() if isinstance(x, types.FunctionType) or not k.startswith("__")}
+            return [v.__qualname__, said(own)]
+        if hasattr(v, "__wrapped__"):  # functools.cache
+            return [said(v.__wrapped__)]
+        if hasattr(v, "__dict__") and (callable(v) or vars(v)) and not isinstance(v, types.ModuleType):
+            return [*map(said, (type(v), vars(v)))]
+        return [re.sub(r" at 0x[0-9a-fA-F]+", "", repr(v))]
+
+    def said(v) -> str:
+        if id(v) not in known:
+            known[id(v)] = v, "itself"
+            known[id(v)] = v, hashed([type(v).__name__, *parts(v)])
+        return known[id(v)][1]
+    named = next((x for x in (function, getattr(function, "func", None)) if hasattr(x, "__qualname__")), type(function))
+    return f"{named.__qualname__} {said(function)[:8]}"
 
 
 def as_json(cfg: types.SimpleNamespace) -> dict:
@@ -451,7 +472,7 @@ def settings(cfg: types.SimpleNamespace, above: tuple = ()) -> dict:
     return json.loads(json.dumps(kept))
 
 
-def hashed(settings: dict) -> str:
+def hashed(settings: dict | list) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

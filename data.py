@@ -33,7 +33,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 import report
 from losses import OBJECTIVES
-from model import Noting, read_json
+from model import Noting, read_json, read_text
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
@@ -61,7 +61,7 @@ def read_rows(paths: str | list[str], show: bool = False) -> Iterator[tuple[str,
         for file in files:
             try:
                 yield from rows_of(file, bar)
-            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, EOFError, OSError, zlib.error) as error:
+            except (ValueError, RecursionError, EOFError, OSError, zlib.error) as error:
                 raise ValueError(f"{file}: {error}") from None
 
 
@@ -75,10 +75,13 @@ def rows_of(file: str, bar) -> Iterator[tuple[str, object]]:
         if file.removesuffix(".gz").endswith(".json"):
             first = next((line for line in lines if line.strip(BLANK)), b"[")
             lines.seek(0)
-            if first.lstrip(BLANK).startswith(b"["):
+            if first.lstrip(BLANK).startswith(b"[") or not json.detect_encoding(first).startswith("utf-8"):
                 yield from ((f"{file}[{i}]", row) for i, row in enumerate(json.load(lines)))
                 return
-            json.loads(first)  # a row a line; an error, if it is one object over many
+            try:
+                json.loads(first)
+            except ValueError:
+                raise ValueError("neither an array of rows nor a row a line") from None
         for i, line in enumerate(lines, 1):
             bar.update(before + raw.tell() - bar.n)
             if line.strip():
@@ -506,10 +509,10 @@ class Tokenizer:
         if asked:
             if not Path(asked).is_file():
                 raise ValueError(f"chat_template {asked!r} is neither 'chatml' nor a file")
-            return Path(asked).read_text(encoding="utf-8")
+            return read_text(Path(asked))
         file, template = self.folder / "chat_template.jinja", config.get("chat_template") or ""
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            return read_text(file)
         if isinstance(template, list):  # several named ones
             template = {t["name"]: t["template"] for t in template}.get("default", "")
         return template

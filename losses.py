@@ -162,7 +162,7 @@ def total(terms: list[Term], outputs: dict, batch: dict, counts: dict) -> tuple[
         metrics.update({metric: reduced(read(READINGS[name], available), None)
                         for name, metric in REPORTED.items() if name in term.reads})
         values, mask, more = term.loss(*inputs.values(), **term.hyperparameters)
-        if not 0 < values.dim() <= max(x.dim() for x in inputs.values() if isinstance(x, Tensor)):
+        if not 0 < values.dim() <= max((x.dim() for x in inputs.values() if isinstance(x, Tensor)), default=1):
             raise ValueError(f"{term.objective.name}: its values have shape {tuple(values.shape)}; expected one for each pair, "
                              f"response or token: no mean, and no (P, P)")
         if term.importance:

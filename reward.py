@@ -49,6 +49,8 @@ def together(machine, ask: Callable, bad_rewards: str) -> list[Said]:
     except ValueError as error:
         mine = error
     ranks = machine.share(mine)
+    if isinstance(mine, ValueError):
+        raise mine
     for failed in [said for said in ranks if isinstance(said, ValueError)]:
         raise failed
     for wrong in [x for said in ranks for some in said for x in some if isinstance(x, str) and bad_rewards == "error"]:

@@ -143,7 +143,8 @@ class Run(NamedTuple):
 
 def train(cfg):
     """One run, from a resolved config to out_dir/model."""
-    machine, settings, out = find_machine(cfg), config.settings(cfg), Path(cfg.out_dir)
+    machine, out = find_machine(cfg), Path(cfg.out_dir)
+    settings = machine.share(config.settings(cfg))[0]  # one rank's: they may not disagree
     say = print if machine.rank == 0 else lambda *_: None
     in_use(out, cfg, machine)
     if cfg.resume and finished_already(out, settings, say):
@@ -185,10 +186,12 @@ def train(cfg):
     state = checkpoint.State(decoder, optimizer, scaler, running, skipped, supply)
     held(out, fcntl.LOCK_EX, machine)
     in_use(out, cfg, machine)  # another run may have come and gone since
-    done = checkpoint.resume(out, state, machine, say) if cfg.resume else 0
-    if done > steps or done == steps and finished(out):  # with other settings, or this one would have ended above
-        raise ValueError(f"{out}: its newest checkpoint is of step {done}, and the run ends at {steps}: no step is left for the "
+    newest = checkpoint.newest(out)[1] if cfg.resume else 0
+    others = config.changes(run_json(out).get("settings", {}) | {"save_dtype": cfg.save_dtype}, settings)  # but what takes no step
+    if newest > steps or newest == steps and finished(out) and others:
+        raise ValueError(f"{out}: its newest checkpoint is of step {newest}, and the run ends at {steps}: no step is left for the "
                          f"settings of now; raise max_steps or epochs, or name another --out_dir")
+    done = checkpoint.resume(out, state, machine, say) if cfg.resume else 0
     pad = padding(run.tokenizer, run.datasets.values()) if machine.rank == 0 and "reward" in outputs else ()
     template = run.tokenizer.chat_template if cfg.chat_template else ""
     with_files = run.tokenizer.folder, template, pad, run.tokenizer.ends
@@ -381,8 +384,9 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
         say(f"{split} rows: {data.counted(dataset.counts)}")
     prompts = data.load(cfg.eval_prompts, "prompts", tokenizer, cfg, False) if cfg.eval_prompts else prompts
     for dataset in filter(None, [*datasets.values(), prompts]):
-        for trained in [decoder, *([decoder.critic] if cfg.critic else [])]:
-            model.check_lengths(trained, dataset, cfg.max_new_tokens)
+        model.check_lengths(decoder, dataset, cfg.max_new_tokens)
+    for dataset in datasets.values() if cfg.critic else ():
+        model.check_lengths(decoder.critic, dataset, cfg.max_new_tokens)
     answers = (cfg.samples_per_prompt, cfg.max_new_tokens) if kind == "prompts" else ()  # that trees are yet to get
     tokens = data.stream_length([*datasets.values()], cfg.batch_size, cfg.micro_batch_tokens, *answers)
     return Run(cfg, machine, say, terms, streams, outputs, folder_of, tokenizer, decoder, saved_dtype,
@@ -469,10 +473,9 @@ def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
     """The model folder of another config's run. The run is made first where it is missing, taken up where it was cut
     off, and made again where it came from another config (the old folder is kept under another name)."""
     stage = config.load_stage(path, cfg)
-    out, settings = Path(stage.out_dir), config.settings(stage)
-    digest = config.hashed(settings)
-    found, over, begun = machine.share((run_json(out), finished(out), written_to(out)))[0]  # what one rank sees, all of them do
-    same = found.get("digest") == digest
+    out = Path(stage.out_dir)  # what one rank sees there, all of them do
+    settings, found, over, begun = machine.share((config.settings(stage), run_json(out), finished(out), written_to(out)))[0]
+    same = found.get("digest") == config.hashed(settings)
     if same and over:
         held(out, fcntl.LOCK_SH, machine)
         say(f"{path}: {out / 'model'} is there")
@@ -692,6 +695,8 @@ def main(arguments: list[str]):
         print(said, file=sys.stderr, flush=True)  # before the launcher ends this one too
         sys.exit(1)
     except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        if not error.filename:
+            raise
         sys.exit(f"error: {error.filename}: {error.strerror}")
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", 0) not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error).lower():

@@ -1,10 +1,15 @@
 """Every key comes from where it was last said, has its type, and what is wrong is named with what would be right."""
 import ast
+import os
+import re
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
 
 import config
+from conftest import ROOT
 from losses import OBJECTIVES
 
 DEFAULTS = {f.name: f.default for f in fields(config.Config)}
@@ -140,12 +145,30 @@ def test_a_function_that_was_edited_is_another(tmp_path):
     assert one == again and len({one, other_x, other_text}) == 3
     held = {"a closure": "def make(x):\n    return lambda prompt, completion, row: x\nreward = make({})\n",
             "two closures": "def make(x):\n    return lambda prompt, completion, row: x\nreward = {{make(1): {}, make(2): 0.5}}\n",
-            "a method": judge.format("self.x") + "reward = Judge({}).__call__\n", "an object": judge.format("self.x.y") + "class Held:\n    pass\n"
+            "a method": judge.format("self.x") + "reward = Judge({}).__call__\n", "a default": "def reward(prompt, completion, row, x={}):\n    return x\n",
+            "another method": "class Judge:\n    def __call__(self, *given):\n        return self.of(*given)\n    def of(self, *given):\n        return {}\nreward = Judge()\n",
+            "an attribute of its class": "class Judge:\n    x = {}\n    def __call__(self, *given):\n        return self.x\nreward = Judge()\n",
+            "a decorator": "import functools\ndef twice(f):\n    @functools.wraps(f)\n    def again(*given):\n        return {} * f(*given)\n    return again\nreward = twice(reward)\n",
+            "a cache": "import functools\ndef make(x):\n    @functools.cache\n    def reward(prompt, completion, row):\n        return x\n    return reward\nreward = make({})\n",
+            "no variable yet": "def make(x):\n    def reward(prompt, completion, row):\n        return x, later\n    return reward\n    later = 1\nreward = make({})\n", "an object": judge.format("self.x.y") + "class Held:\n    pass\n"
             "reward = Judge(Held())\nreward.x.y, reward.x.me, reward.lock = {}, reward, __import__('threading').Lock()\n"}
-    for text in held.values():
+    for what, text in held.items():
         settings = lambda x: config.settings(from_file(tmp_path, with_reward.format("1.0") + text.format(x)))
-        assert settings(2.0) == settings(2.0) != settings(3.0) and "0x" not in str(settings(2.0))
+        assert settings(2.0) == settings(2.0) != settings(3.0) and "0x" not in str(settings(2.0)), what
     assert part == same and len({first, part, other}) == 3 and "0x" not in str(config.settings(from_file(tmp_path, with_reward.format("2.0") + "reward = partial(reward)\n")))
+
+
+def test_a_function_is_the_same_in_every_process(tmp_path):
+    """Whatever it holds: sets have another order there, and objects are elsewhere. Nothing of it is written down as it is, and
+    what is held many times is read once."""
+    (tmp_path / "run.py").write_text(
+        "import dataclasses, threading, types, numpy\nwords = {'one', 'two', 'three'}\nx = ['secret', threading.Lock(), numpy.random.default_rng(0)]\n"
+        "for _ in range(40):\n    x = [x, x]\n@dataclasses.dataclass\nclass Judge:\n    words: set\n    more: dict\n    def reward(self, prompt, completion, row):\n"
+        "        return 1.0\nmore = {w: types.SimpleNamespace(w=words) for w in words}\nreward = Judge(words, {'x': x, 'more': more}).reward\ndel words, x, more, _\n")
+    ask = f"import config; print(config.as_json(config.load(['--config={tmp_path / 'run.py'}']))['reward'])"
+    said = {subprocess.run([sys.executable, "-c", ask], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": str(seed)}, capture_output=True, text=True,
+                           check=True).stdout for seed in range(3)}
+    assert len(said) == 1 and re.fullmatch(r"Judge\.reward [0-9a-f]{8}\n", said.pop())
 
 
 def test_a_home_is_found(monkeypatch):

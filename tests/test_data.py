@@ -802,6 +802,17 @@ def test_lines_in_a_file_that_is_called_json(packed, tmp_path):
     for content in (b'{"text": "1"}\n\n{"text": "2"}\n', b'\xef\xbb\xbf {"text": "1"}\n{"text": "2"}', b'\xef\xbb\xbf\n [{"text": "1"}, {"text": "2"}]'):
         (tmp_path / name).write_bytes(packed(content))
         assert load(str(tmp_path / name), data.Tokenizer(ARITHMETIC)).counts["used"] == 2
+    (tmp_path / name).write_bytes(packed('[{"text": "1"},\n{"text": "2"}]'.encode("utf-16")))
+    assert load(str(tmp_path / name), data.Tokenizer(ARITHMETIC)).counts["used"] == 2
+    (tmp_path / name).write_bytes(packed(b'{"data":\n[{"text": "1"},\n{"text": "2"}\n]}'))
+    with pytest.raises(ValueError, match=re.escape(name) + ": neither an array of rows nor a row a line"):
+        load(str(tmp_path / name), data.Tokenizer(ARITHMETIC), bad_rows="skip")
+
+
+def test_a_template_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "t.jinja").write_bytes(b"\xe9")
+    with pytest.raises(ValueError, match="t.jinja: 'utf-8' codec can't decode"):
+        data.Tokenizer(ARITHMETIC, str(tmp_path / "t.jinja"))
 
 
 @pytest.mark.parametrize("name, content", [

@@ -891,6 +891,16 @@ def test_a_mean_and_an_outer_product_are_no_values(wrong, monkeypatch):
         run_term("mine")
 
 
+def test_a_loss_of_logits_alone_is_one(monkeypatch):
+    """They come as what makes them, and no other input says how many values there are."""
+    confidence = lambda logits: (logits.float().softmax(-1).square().sum(-1), None, {})
+    mine = losses.OBJECTIVES["lm"]._replace(name="mine", loss=confidence, per=lambda: "tokens", reads=("logits",), hyperparameters={})
+    monkeypatch.setitem(losses.OBJECTIVES, "mine", mine)
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4)
+    loss, _ = losses.total([losses.bind("mine", 1.0, {})], {"logits": losses.Projected(hidden, weight)}, {}, {"tokens": 5})
+    assert loss.item() == pytest.approx((hidden @ weight.T).softmax(-1).square().sum().item() / 5, rel=1e-5)
+
+
 def test_a_hyperparameter_has_a_default():
     for mine in (lambda log_probs, *, scale: None, lambda log_probs, *, scale=None: None):
         with pytest.raises(TypeError, match="scale needs a default"):

@@ -537,9 +537,14 @@ def test_what_goes_on_is_the_run_that_was(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == written
     go("--resume", max_steps=3, lr=1e-4)
     assert "goes on with other settings than before: lr 0.01 -> 0.0001; max_steps 2 -> 3" in capsys.readouterr().out
+    there = (tmp_path / "run" / "metrics.jsonl").read_text()
     for steps in (1, 2):  # 3 was not saved
         with pytest.raises(ValueError, match=f"its newest checkpoint is of step 2, and the run ends at {steps}: no step is left"):
             go("--resume", max_steps=steps)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == there
+    go(out="other dtype", max_steps=1, save_every=1)
+    go("--resume", out="other dtype", max_steps=1, save_every=1, save_dtype="bfloat16")  # takes no step
+    assert {t.dtype for t in weights(tmp_path / "other dtype" / "model").values()} == {torch.bfloat16}
     go(out="bare", max_steps=1)
     with pytest.raises(ValueError, match="is finished and holds no checkpoint to go on from .max_steps 1 -> 2."):
         go("--resume", out="bare", max_steps=2)
@@ -555,6 +560,24 @@ def test_every_model_of_a_run_has_positions_for_its_rows(name, key, heads, tmp_p
     more = {"kl_coef": 0.1} if (name, key) == ("ppo", "reference") else {}
     with pytest.raises(ValueError, match=r"\.jsonl:\d+: \d+ tokens, and the model has 16 positions; set max_length"):
         train.train(config.load(options(tmp_path, name, scratch={**gpt2, "n_positions": 64}, **{key: tmp_path / "short"}, **more)))
+
+
+def test_a_critic_does_not_read_what_is_only_answered(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    gpt2 = dict(model_type="gpt2", n_embd=32, n_layer=1, n_head=2)
+    short = model.scratch({**gpt2, "n_positions": 24, "vocab_size": 16, "eos_token_id": 0}, 0, {"score": 1})
+    model.save(short, tmp_path / "short", torch.float32, ROOT / "tasks/arithmetic")
+    (tmp_path / "long.jsonl").write_text('{"prompt": "1+1+1+1+1+1+1+1+1+1+1+1+1+1="}\n')
+    train.train(config.load([*options(tmp_path, "value", scratch={**gpt2, "n_positions": 64}, critic=tmp_path / "short", max_steps=1,
+                                      eval_prompts=tmp_path / "long.jsonl")]))
+
+
+def test_what_others_refuse_without_a_file_is_theirs_to_say(monkeypatch):
+    def refuse(cfg):
+        raise PermissionError("no key for the tracker")
+    monkeypatch.setattr(train, "train", refuse)
+    with pytest.raises(PermissionError, match="no key"):
+        train.main([])
 
 
 def test_an_out_dir_that_is_a_file(tmp_path):
