@@ -110,6 +110,7 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of what an assistant thinks first
 CALLS = ("tool_calls", "function_call")  # of the functions that it calls, and of one
+FLAGS = ("train", "loss", "weight")  # false or 0: a turn that is read and not trained
 
 
 def from_json(value, key: str):
@@ -161,11 +162,12 @@ def messages_field(row: dict, key: str) -> list[dict]:
     messages = []
     for m in value:
         role, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
+        role = role.lower() if isinstance(role, str) else role
         if role == "function_call":
             m, content = {**m, "function_call": content}, None
         if isinstance(content, list) and all(isinstance(part, dict) and part.get("type", "text") == "text" for part in content):
             content = "".join(part.get("text") or part.get("value") or "" for part in content)
-        more = extras(m)
+        more = extras(m) | {"trained": False for flag in FLAGS if m.get(flag) in (False, 0)}
         said = isinstance(content, str) or content is None and "tool_calls" in more
         if not isinstance(role, str) or role not in ROLES or not said:
             raise ValueError(f"{key!r} should hold messages with role (one of {', '.join(ROLES)}) and content, "
@@ -213,10 +215,10 @@ def split_messages(messages: list[dict], train_on: str) -> tuple[list, list]:
 
 ALPACA = ("Below is an instruction that describes a task{0}. Write a response that appropriately completes the request."
           "\n\n### Instruction:\n{1}\n\n{2}### Response:\n")
-QUESTIONS = ("instruction", "question", "problem", "query", "input")  # a prompt that is not laid out yet
-CONVERSATIONS = ("messages", "conversations")
+QUESTIONS = ("instruction", "question", "problem", "query", "inputs", "input")  # a prompt that is not laid out yet
+CONVERSATIONS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", *CONVERSATIONS, *QUESTIONS)  # where responses are apart from it
-ANSWERS = ("completion", "output", "response", "solution", "answer")
+ANSWERS = ("completion", "output", "response", "solution", "generated_solution", "answer", "targets")
 
 
 def first_of(keys: tuple, row: dict) -> str | None:
@@ -231,8 +233,10 @@ def prompt_of(row: dict, chat: bool, keys: tuple = PROMPTS) -> str | list | None
     key = first_of(keys, row)
     if key == "instruction":
         return instruction_of(row, chat)
-    if key in QUESTIONS:
-        return as_messages("user", text_field(row, key)) if chat else text_field(row, key) + "\n"
+    if key in QUESTIONS and not isinstance(row[key], list):
+        context = row.get("context")
+        asked = "\n".join([text_field(row, key), *([context] if isinstance(context, str) and context else [])])
+        return as_messages("user", asked) if chat else asked + "\n"
     return text_or_messages(row, key) if key else None
 
 
@@ -261,6 +265,9 @@ def sft_row(row: dict, train_on: str, chat: bool) -> Draft:
         prompt, response = split_messages(with_system(row, messages_field(row, conversation), chat), train_on)
         return Draft(prompt, [response], [True])
     elif "text" in row and not ("instruction" in row and "output" in row):
+        if part := first_of(("role", "parent_id", "code"), row):
+            raise ValueError(f"'text' beside {part!r} is a part of something, and would be trained as a whole; make prompt and "
+                             f"completion of it, or messages")
         return Draft("", [text_field(row, "text")], [True])
     else:  # a prompt beside an instruction is the instruction laid out
         keys, answer = (*QUESTIONS[:-1], "prompt", QUESTIONS[-1]), first_of(ANSWERS, row)
@@ -282,6 +289,13 @@ def shared_prompt(chosen: str | list, rejected: str | list) -> int:
     if chosen.startswith("\n\nHuman:") and mark in chosen[:common]:
         return chosen.rfind(mark, 0, common) + len(mark)
     return max(chosen.rfind(" ", 0, common), chosen.rfind("\n", 0, common) + 1)  # a space belongs to the word behind it
+
+
+def like_a_prompt(value, length: int) -> bool:
+    """More words than so many characters, or messages?"""
+    if isinstance(value, str):
+        return " " in value.strip() and len(value) > length
+    return isinstance(value, list) and any(isinstance(m, dict) and ({"role", "from"} & m.keys()) for m in value)
 
 
 def is_whole(response: str | list) -> bool:
@@ -326,9 +340,14 @@ def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
         length, own = shared_prompt(chosen, rejected), prompt
         if own is not None and not (all(whole) and length):
             raise ValueError("'chosen' and 'rejected' begin differently, and one of them with a prompt of its own")
-        if not length and any(v and isinstance(v, (str, list, dict)) for k, v in row.items() if k not in ("chosen", "rejected")):
+        others = {k: v for k, v in row.items() if k not in ("chosen", "rejected") and v and isinstance(v, (str, list, dict))}
+        if not length and others:
             raise ValueError(f"'chosen' and 'rejected' begin differently and no column is the prompt; found keys {list(row)}; "
                              f"name it 'prompt', which may be empty")
+        aside = [k for k, v in others.items() if like_a_prompt(v, length)] if own is None and not any(whole) else ()
+        if aside:
+            raise ValueError(f"'chosen' and 'rejected' share their first {length} characters, and {aside[0]!r} looks like the "
+                             f"prompt: name it 'prompt'; if it is none, leave it out")
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
         if isinstance(own, list) and own[-length:] == prompt:  # they repeat the end of it
             prompt = own
@@ -449,10 +468,11 @@ def steps_row(row: dict, train_on: str, chat: bool) -> Draft:
 
 def prompt_row(row: dict, train_on: str, chat: bool) -> Draft:
     """{prompt} as text or messages, or a question under another name. Other columns are kept for whoever judges the answer."""
-    prompt = prompt_of(row, chat, ("prompt", *QUESTIONS, *CONVERSATIONS))
+    said = "prompt" in row and (not chat or isinstance(row["prompt"], list) or not first_of(CONVERSATIONS, row))
+    prompt = prompt_of(row, chat, ("prompt", *QUESTIONS, *CONVERSATIONS) if said else (*CONVERSATIONS, *QUESTIONS))
     if prompt is None:
         raise ValueError(f"found keys {list(row)}; expected prompt, messages, {', '.join(QUESTIONS[:-1])} or {QUESTIONS[-1]}")
-    if isinstance(prompt, list) and not row.get("prompt") and prompt[-1]["role"] == "assistant":
+    if isinstance(prompt, list) and not (said and row["prompt"]) and prompt[-1]["role"] == "assistant":
         prompt = split_messages(prompt, "last")[0]
     if prompt == []:
         raise ValueError("no message before the assistant's")
@@ -623,14 +643,16 @@ def render(draft: Draft, tokenizer: Tokenizer, train_on: str, tools: list | None
     """A draft -> prompt text and, of each response, (text, character spans that are trained or None for all of it). tools: the
     functions that may be called, for the chat template."""
     if isinstance(draft.prompt, str):
-        return draft.prompt, [(r, None) if isinstance(r, str) else ("".join(s.text for s in r), r) for r in draft.responses]
+        bare = lambda r: r.rstrip() if r.rstrip().endswith(tokenizer.eos_token) else r  # what is behind EOS is no response
+        return draft.prompt, [(bare(r), None) if isinstance(r, str) else ("".join(s.text for s in r), r) for r in draft.responses]
     rendered = functools.partial(tokenizer.render, tools=tools)
     prompt = rendered(draft.prompt, add_generation_prompt=True)
     responses = []
     for turns in draft.responses:
         messages, spans, begin = draft.prompt + turns, [], len(prompt)
         text = rendered(messages, add_generation_prompt=False)
-        trained = [i for i in range(len(draft.prompt), len(messages)) if messages[i]["role"] == "assistant"]
+        trained = [i for i in range(len(draft.prompt), len(messages))
+                   if messages[i]["role"] == "assistant" and messages[i].get("trained", True)]
         for i in trained if train_on == "all" else trained[-1:]:
             before = rendered(messages[:i], add_generation_prompt=True)
             after = rendered(messages[:i + 1], add_generation_prompt=False)

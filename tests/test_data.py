@@ -576,7 +576,7 @@ def test_a_template_without_bos_has_none(stories, tmp_path):
 
 
 @pytest.mark.parametrize("row, template", [
-    ({"prompt": "1+1=", "completion": "2"}, ""), ({"prompt": "1+1=", "completion": "2<eos>"}, ""), ({"text": "1+1=2"}, ""),
+    ({"prompt": "1+1=", "completion": "2"}, ""), ({"prompt": "1+1=", "completion": "2<eos>"}, ""), ({"prompt": "1+1=", "completion": "2<eos>\n"}, ""), ({"text": "1+1=2"}, ""),
     ({"prompt": "1+1=", "completion": ""}, ""),
     ({"messages": [U("1"), A("2")]}, "{% for m in messages %}{{ m.content }}={% endfor %}"),
     ({"messages": [U("1"), A("2")]}, "{% for m in messages %}{{ m.content }}{{ eos_token if loop.index == 2 }}\n{% endfor %}")])
@@ -998,6 +998,45 @@ def test_a_row_takes_no_memory(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows with a label
+
+
+@pytest.mark.parametrize("kind, row, prompt, responses", [
+    ("sft", {"question": "q", "context": "c", "answer": "a"}, [U("q\nc")], [[A("a")]]), ("sft", {"question": "q", "context": {"x": 1}, "answer": "a"}, [U("q")], [[A("a")]]),
+    ("preference", {"question": "q", "context": "c", "chosen": "a", "rejected": "b"}, [U("q\nc")], [[A("a")], [A("b")]]), ("prompts", {"question": "q", "context": "c"}, [U("q\nc")], []),
+    ("sft", {"inputs": "q", "targets": "a"}, [U("q")], [[A("a")]]), ("sft", {"problem": "q", "generated_solution": "a", "answer": "2"}, [U("q")], [[A("a")]]),
+    ("sft", {"conversation": [{"from": "User", "value": "q"}, {"from": "Assistant", "value": "a"}]}, [U("q")], [[A("a")]]),
+    ("sft", {"input": [U("q")], "output": "a"}, [U("q")], [[A("a")]]), ("prompts", {"prompt": "q", "messages": [S("s"), U("q"), A("a")]}, [S("s"), U("q")], []),
+    ("prompts", {"prompt": [U("q")], "messages": [S("s"), U("q"), A("a")]}, [U("q")], [])])
+def test_rows_as_other_people_write_them(kind, row, prompt, responses):
+    draft = data.FORMATS[kind](row, data.TRAIN_ON[kind], True)
+    assert (draft.prompt, draft.responses) == (prompt, responses)
+
+
+@pytest.mark.parametrize("kind, row, message", [
+    ("sft", {"text": "Can you?", "role": "prompter", "parent_id": None}, "'text' beside 'role' is a part"), ("sft", {"text": "Write it.", "code": "def f"}, "beside 'code'"),
+    ("preference", {"user": "What is the capital?", "chosen": "The capital.", "rejected": "The city."}, "share their first 3 characters, and 'user' looks like the prompt"),
+    ("preference", {"trajectory": [{"from": "user", "value": "q"}], "chosen": "Step 1: a", "rejected": "Step 1: b"}, "'trajectory' looks like the prompt")])
+def test_rows_that_would_lose_a_part_are_refused(kind, row, message):
+    with pytest.raises(ValueError, match=message):
+        data.FORMATS[kind](row, data.TRAIN_ON[kind], True)
+
+
+def test_whole_pairs_may_have_other_columns():
+    row = {"id": "0f3c-11", "source": "web", "score": 1.5, "chosen": "Q: How far is it? A: Ten miles.", "rejected": "Q: How far is it? A: Two miles."}
+    assert data.preference_row(row, "last", False).prompt == "Q: How far is it? A:"
+
+
+@pytest.mark.parametrize("flag", [{"loss": False}, {"weight": 0}, {"train": False}])
+def test_turns_that_say_so_are_not_trained(flag, tmp_path):
+    tokenizer = with_template(tmp_path, ARITHMETIC, "{% for m in messages %}{{ '+' if m.role == 'user' else '=' }}{{ m.content }}{% endfor %}{{ '=' if add_generation_prompt }}")
+    example, _ = one(tmp_path, {"messages": [U("1"), A("2"), U("3"), A("4")]}, tokenizer)
+    said = lambda e: runs(tokenizer, e.responses[0], e.scored[0])
+    every = said(example)
+    assert len(every) == 2
+    example, _ = one(tmp_path, {"messages": [U("1"), {**A("2"), **flag}, {**U("3"), **flag}, {**A("4"), **{key: not value for key, value in flag.items()}}]}, tokenizer)
+    assert said(example) == every[1:]
+    with pytest.raises(ValueError, match="no message of an assistant to train on"):
+        one(tmp_path, {"messages": [U("1"), {**A("2"), **flag}]}, tokenizer)
 
 
 @pytest.mark.parametrize("row, prompt, responses, chosen, rejected", [
