@@ -468,7 +468,8 @@ def steps_row(row: dict, train_on: str, chat: bool) -> Draft:
 
 def prompt_row(row: dict, train_on: str, chat: bool) -> Draft:
     """{prompt} as text or messages, or a question under another name. Other columns are kept for whoever judges the answer."""
-    said = "prompt" in row and (not chat or isinstance(row["prompt"], list) or not first_of(CONVERSATIONS, row))
+    beside = chat and any(isinstance(row.get(key), list) for key in CONVERSATIONS)  # messages, with the prompt in them
+    said = "prompt" in row and not (beside and isinstance(row["prompt"], str))
     prompt = prompt_of(row, chat, ("prompt", *QUESTIONS, *CONVERSATIONS) if said else (*CONVERSATIONS, *QUESTIONS))
     if prompt is None:
         raise ValueError(f"found keys {list(row)}; expected prompt, messages, {', '.join(QUESTIONS[:-1])} or {QUESTIONS[-1]}")

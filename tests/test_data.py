@@ -1006,7 +1006,7 @@ def test_a_row_takes_no_memory(tmp_path):
     ("sft", {"inputs": "q", "targets": "a"}, [U("q")], [[A("a")]]), ("sft", {"problem": "q", "generated_solution": "a", "answer": "2"}, [U("q")], [[A("a")]]),
     ("sft", {"conversation": [{"from": "User", "value": "q"}, {"from": "Assistant", "value": "a"}]}, [U("q")], [[A("a")]]),
     ("sft", {"input": [U("q")], "output": "a"}, [U("q")], [[A("a")]]), ("prompts", {"prompt": "q", "messages": [S("s"), U("q"), A("a")]}, [S("s"), U("q")], []),
-    ("prompts", {"prompt": [U("q")], "messages": [S("s"), U("q"), A("a")]}, [U("q")], [])])
+    ("prompts", {"prompt": [U("q")], "messages": [S("s"), U("q"), A("a")]}, [U("q")], []), ("prompts", {"prompt": "q", "conversation": "0f3c"}, "q", [])])
 def test_rows_as_other_people_write_them(kind, row, prompt, responses):
     draft = data.FORMATS[kind](row, data.TRAIN_ON[kind], True)
     assert (draft.prompt, draft.responses) == (prompt, responses)
