@@ -72,10 +72,10 @@ def test_what_is_kept_changes_no_gradient(temperature, compiled):
 
 def test_backward_twice():
     """What was kept is gone after the first backward, and made again."""
-    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    hidden, weight = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 7))
     logps = losses.linear_log_probs(hidden, weight, torch.arange(5))[0]
     first, second = (torch.autograd.grad(logps.sum(), (hidden, weight), retain_graph=True) for _ in range(2))
-    assert all(torch.allclose(a, b) for a, b in zip(first, second))
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(first, second))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
