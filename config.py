@@ -216,7 +216,7 @@ def read_command_line(arguments: list[str]) -> tuple[str | None, dict]:
                 raise ValueError(f"command line: --{key} needs a value: --{key}=...")
         i += 1
         if key == "config":
-            path = os.path.expanduser(text)
+            path = home(text)
             continue
         try:
             values[key] = ast.literal_eval(text)
@@ -474,10 +474,6 @@ def settings(cfg: types.SimpleNamespace, above: tuple = ()) -> dict:
 
 def hashed(settings: dict | list) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def digest(cfg: types.SimpleNamespace) -> str:
-    return hashed(settings(cfg))
 
 
 def flat(settings: dict, name: str = "") -> dict:

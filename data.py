@@ -881,11 +881,11 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
             if cfg.bad_rows == "skip":
                 counts["bad"] += 1
                 continue
-            wrong_type = not isinstance(error, (ValueError, RecursionError))
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            at = f"{type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno})"
-            said = f"{at}; is a field missing, or of another type?" if wrong_type else error
-            said = f"not JSON: {error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else said
+            said = f"not JSON: {error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
+            if not isinstance(error, (ValueError, RecursionError)):
+                at = traceback.extract_tb(error.__traceback__)[-1]
+                at = f"{Path(at.filename).name}:{at.lineno}"
+                said = f"{type(error).__name__}: {error} ({at}); is a field missing, or of another type?"
             raise ValueError(f"{where}: {said}; bad_rows = 'skip' leaves such rows out") from None
         if not draft.responses:
             rows[where] = {**row, "prompt": draft.prompt}

@@ -18,7 +18,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import re
 import signal
 import sys
@@ -257,7 +256,7 @@ TAKES = {"generate": ("data", "prompt", "system", "n", "out"), "chat": ("system"
 
 def main(arguments: list[str]):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    home = os.path.expanduser  # a shell leaves the ~ of --out=~/file to us
+    home = config.home  # a shell leaves the ~ of --out=~/file to us
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--model", required=True, type=home, help="folder of a run, a model or a checkpoint, or hub name")
     parser.add_argument("--data", default="", type=home, help="file or glob of rows or prompts")

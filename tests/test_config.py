@@ -24,6 +24,10 @@ def from_file(tmp_path, text, *arguments):
     return load(f"--config={tmp_path / 'run.py'}", *arguments)
 
 
+def digest(cfg):
+    return config.hashed(config.settings(cfg))
+
+
 def refused(match, *arguments):
     with pytest.raises(ValueError, match=match):
         load(*arguments)
@@ -135,12 +139,12 @@ def test_a_config_may_import_what_it_likes(tmp_path):
 def test_a_function_that_was_edited_is_another(tmp_path):
     """A stage with the other one is made again; a partial is the same in every process."""
     with_reward = "objective, init_from = 'ppo', 'x'\nfrom functools import partial\ndef reward(prompt, completion, row, x=1):\n    return {}\n"
-    digest = lambda text: config.digest(from_file(tmp_path, text))
-    first, again, edited = (digest(with_reward.format(value)) for value in ("1.0", "1.0", "-1.0"))
+    of = lambda text: digest(from_file(tmp_path, text))
+    first, again, edited = (of(with_reward.format(value)) for value in ("1.0", "1.0", "-1.0"))
     assert first == again != edited
-    part, same, other = (digest(with_reward.format("1.0") + f"reward = partial(reward, x={x})\n") for x in (2, 2, 3))
+    part, same, other = (of(with_reward.format("1.0") + f"reward = partial(reward, x={x})\n") for x in (2, 2, 3))
     judge = "class Judge:\n    def __init__(self, x):\n        self.x = x\n    def __call__(self, prompt, completion, row):\n        return {}\n"
-    one, again, other_x, other_text = (digest(with_reward.format("1.0") + judge.format(text) + f"reward = partial(Judge({x}), row={{}})\n")
+    one, again, other_x, other_text = (of(with_reward.format("1.0") + judge.format(text) + f"reward = partial(Judge({x}), row={{}})\n")
                                        for text, x in (("self.x", 1), ("self.x", 1), ("self.x", 2), ("-self.x", 1)))
     assert one == again and len({one, other_x, other_text}) == 3
     held = {"a closure": "def make(x):\n    return lambda prompt, completion, row: x\nreward = make({})\n",
@@ -264,8 +268,8 @@ def test_hyperparameters_that_several_losses_have(tmp_path):
     refused("beta sets nothing, each of dpo and ipo has its own", two, "--beta=0.3", "--ipo_beta=0.2", "--dpo_beta=0.1")
     layers = [("file", dict(objective="dpo", dpo_beta=0.5)), ("command line", dict(beta=0.3))]
     assert config.resolve(layers).bound["dpo"]["beta"] == 0.3  # later ones win
-    assert config.digest(load(two, "--beta=0.3")) == config.digest(load(two, "--dpo_beta=0.3", "--ipo_beta=0.3"))
-    assert config.digest(load(two, "--beta=0.3")) != config.digest(load(two, "--beta=0.3", "--ipo_beta=0.2"))
+    assert digest(load(two, "--beta=0.3")) == digest(load(two, "--dpo_beta=0.3", "--ipo_beta=0.3"))
+    assert digest(load(two, "--beta=0.3")) != digest(load(two, "--beta=0.3", "--ipo_beta=0.2"))
 
 
 def test_options_change_the_losses_that_heed_them():
@@ -294,11 +298,11 @@ def test_help_lists_every_key_with_its_default():
     ("--log_every=7", False), ("--save_every=7", False), ("--keep_checkpoints=7", False), ("--resume", False),
     ("--cache_dir=x", False), ("--head_memory=2", False)])
 def test_digest_is_of_what_decides_the_result(argument, changes):
-    assert (config.digest(load("--objective=dpo", argument)) != config.digest(load("--objective=dpo"))) == changes
+    assert (digest(load("--objective=dpo", argument)) != digest(load("--objective=dpo"))) == changes
 
 
 @pytest.mark.parametrize("a, b", [
     (["--lr=1"], ["--lr=1.0"]), (["--nll_coef=1"], ["--nll_coef=1.0"]), (["--beta=0.1"], []), (["--betas=[0.9, 0.999]"], []),
     (["--objective={'dpo': 1}"], ["--objective={'dpo': 1.0}"])])
 def test_digest_does_not_depend_on_how_it_is_said(a, b):
-    assert config.digest(load("--objective=dpo", *a)) == config.digest(load("--objective=dpo", *b))
+    assert digest(load("--objective=dpo", *a)) == digest(load("--objective=dpo", *b))
