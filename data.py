@@ -789,8 +789,8 @@ class Stored(Sequence):
         told = [len(e.prompt), sizes, bool(e.labels), e.demonstrated, e.chosen, e.rejected, e.margin, e.where, e.row]
         head = json.dumps(told).encode()
         head += b" " * (-len(head) % 4)
-        parts = [len(head).to_bytes(4, "little"), head, e.prompt, *e.responses, *e.labels, *e.scored]
-        self.ends.append(self.ends[-1] + sum(self.file.write(part) for part in parts))
+        whole = b"".join([len(head).to_bytes(4, "little"), head, e.prompt, *e.responses, *e.labels, *e.scored])
+        self.ends.append(self.ends[-1] + self.file.write(whole))
 
     def __len__(self):
         return len(self.ends) - 1
@@ -856,7 +856,7 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
         for example in tokenize(drafts, tokenizer, cfg.tokenize, counts, cfg.step_token):
             example = truncate(example, tokenizer.bos, cfg.max_length, longest_prompt, cfg.truncation, counts)
             if example is not None:
-                examples.append(example._replace(row=rows.get(example.where)))
+                examples.append(example._replace(row=rows.get(example.where)) if rows else example)
                 sizes.extend(sizes_of(example))
         drafts.clear()
         rows.clear()

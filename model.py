@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from losses import Projected, linear_log_probs, wide
@@ -182,7 +181,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # prompt and itself: its keys are gathered, so that a key's place among them is its position, and the causal mask (and a
 # sliding window) is aligned at the bottom right. data.varlen_segments and data.grouped_segments build the index tensors.
 
-_VARLEN = inspect.signature(varlen_attn).parameters  # torch 2.11 to 2.13 name the causal switch differently
+
+@functools.cache
+def varlen_kernel() -> tuple[Callable, typing.Mapping]:
+    """The kernel and its parameters: torch 2.11 to 2.13 name the causal switch differently. Its import takes as long as torch's."""
+    from torch.nn.attention.varlen import varlen_attn
+    return varlen_attn, inspect.signature(varlen_attn).parameters
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, batch: dict, window: int) -> Tensor:
@@ -199,10 +203,11 @@ def repeated(x: Tensor, q: Tensor) -> Tensor:
 def _varlen(q, k, v, batch, window):
     """One variable-length flash kernel for the whole stream."""
     k, v = k[batch["key_index"]], v[batch["key_index"]]
-    options = {"window_size": (window - 1 if window else -1, 0)} if "window_size" in _VARLEN else {"is_causal": True}
-    if window and "window_size" not in _VARLEN:
+    varlen_attn, parameters = varlen_kernel()
+    options = {"window_size": (window - 1 if window else -1, 0)} if "window_size" in parameters else {"is_causal": True}
+    if window and "window_size" not in parameters:
         raise ValueError("sliding windows on CUDA need a torch whose varlen_attn has window_size")
-    if "enable_gqa" in _VARLEN:
+    if "enable_gqa" in parameters:
         options["enable_gqa"] = True
     else:
         k, v = repeated(k, q), repeated(v, q)

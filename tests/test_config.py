@@ -175,6 +175,12 @@ def test_a_function_is_the_same_in_every_process(tmp_path):
     assert len(said) == 1 and re.fullmatch(r"Judge\.reward [0-9a-f]{8}\n", said.pop())
 
 
+def test_what_needs_no_compiler_does_not_wait_for_one():
+    """Its import takes as long as all the rest: help, a typo and a look at a file come without."""
+    ask = "import sys, train, sample, preview; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", ask], cwd=ROOT, check=True)
+
+
 def test_a_home_is_found(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     cfg = load("--out_dir=~/runs/x", "--train_data=['~/a.jsonl', 'b.jsonl']", "--init_from=~/m", "--eval_data=~/e.jsonl")
