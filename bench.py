@@ -39,6 +39,7 @@ import optimizers
 import reference
 import rollout
 import train
+from machine import Machine
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The clock
@@ -673,7 +674,7 @@ def step_of(length: int, pairs: int, vocabulary: int, layers: int, device: str, 
     mask = np.ones(length // 2, bool)
     dataset = data.as_dataset([data.Example(ids(), [ids(), ids()], [mask, mask], [True, False], [0], [1], [0.0], "made up")
                                for _ in range(pairs)], Counter())
-    machine = train.Machine(0, 1, device, getattr(torch, dtype), False)  # one rank, nothing compiled
+    machine = Machine(0, 1, device, getattr(torch, dtype), False)  # one rank, nothing compiled
     layout = machine.layout(max(4096, 3 * length // 2))
 
     def step():

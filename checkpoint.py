@@ -4,6 +4,7 @@ A checkpoint-<step> is a model folder (it loads wherever out_dir/model does, in 
 moments, a critic if there is one, and state.json beside it. Never a pickle.
 """
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import config
 import model
 import report
 
@@ -74,6 +76,67 @@ def fsync(path: Path):
     os.close(handle)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder of a run
+
+
+def run_json(out: Path) -> dict:
+    """What a run has written of itself; {}: nothing."""
+    return model.read_json(out / "run.json") if (out / "run.json").is_file() else {}
+
+
+def finished(out: Path) -> bool:
+    return bool(run_json(out).get("finished")) and (out / "model").is_dir()
+
+
+def written_to(out: Path) -> bool:
+    """By a run that has begun: a lock alone is nothing."""
+    return out.exists() and any(path.name != "lock" for path in out.iterdir())
+
+
+def check_free(out: Path, cfg, machine):
+    """An error, of a folder that a new run would write over."""
+    if machine.any(written_to(out) and not cfg.resume):
+        raise ValueError(f"out_dir {cfg.out_dir} is not empty; go on with --resume, name another --out_dir, or remove it")
+
+
+def hold(out: Path, machine, alone: bool = True):
+    """To its end, this process alone writes to a run's folder; or, if not alone, nobody does: a run begins from it."""
+    busy = False
+    if machine.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            how = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+            fcntl.lockf(os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o666), how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy = True
+        except OSError:  # a stage in a folder that can be read alone, a filesystem without locks
+            pass
+    if machine.any(busy):
+        raise ValueError(f"{out}: another run is at work there, or begins from it; wait for its end, or name another out_dir")
+
+
+def finished_already(out: Path, now: dict, say: Callable) -> bool:
+    """Of a run that is to go on, with the settings of now. What has changed since is said; another objective is an error, and so
+    is a run that is finished and has nothing to go on from."""
+    before, over = run_json(out).get("settings", {}), finished(out)
+    changed = config.changes(before, now) if before else []
+    if before and before["weights"].keys() != now["weights"].keys():
+        raise ValueError(f"{out}: {'+'.join(before['weights'])} was trained there, and this is {'+'.join(now['weights'])}; name "
+                         f"another --out_dir")
+    if over and not changed:
+        say(f"{out} is finished already: {out / 'model'}")
+    elif over and not found(out):
+        raise ValueError(f"{out} is finished and holds no checkpoint to go on from ({'; '.join(changed)}); name another --out_dir")
+    elif changed:
+        say(f"{out} goes on with other settings than before: {'; '.join(changed)}")
+    return over and not changed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
 def found(out: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     folders = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
@@ -121,9 +184,14 @@ def newest(out: Path) -> tuple[Path | None, int]:
     return (folders[-1], int(folders[-1].name.removeprefix("checkpoint-"))) if folders else (None, 0)
 
 
-def resume(out: Path, state: State, machine, say: Callable) -> int:
-    """Put the newest checkpoint back; metrics past it are dropped. Returns the steps done."""
+def resume(out: Path, state: State, machine, say: Callable, steps: int, settings: dict) -> int:
+    """Put the newest checkpoint back, of a run of so many steps with the settings of now; metrics past it are dropped. Returns how
+    many steps are done."""
     folder, step = newest(out)
+    before = run_json(out).get("settings", {}) | {"save_dtype": settings["save_dtype"]}  # which takes no step
+    if step > steps or step == steps and finished(out) and config.changes(before, settings):
+        raise ValueError(f"{out}: its newest checkpoint is of step {step}, and the run ends at {steps}: no step is left for the "
+                         f"settings of now; raise max_steps or epochs, or name another --out_dir")
     machine.barrier()
     say(f"resuming from {folder}" if folder else f"{out} holds no checkpoint: starting from step 0")
     if folder:

@@ -392,6 +392,16 @@ def stages(cfg: types.SimpleNamespace) -> dict[str, str]:
     return found
 
 
+def check_folders(cfg: types.SimpleNamespace):
+    """An error where two of a run and the stages before it would write to one folder, or one into another's."""
+    taken = {}
+    for name, folder in {"this run": cfg.out_dir, **stages(cfg)}.items():  # a stage that is named twice is one
+        path = Path(os.path.realpath(folder))
+        for other in [other for other, its in taken.items() if path.is_relative_to(its) or its.is_relative_to(path)]:
+            raise ValueError(f"{other} and {name} would both write to out_dir = {folder!r}; give each its own, none in another")
+        taken[name] = path
+
+
 def rewards(cfg: types.SimpleNamespace) -> dict:
     """function, folder or config -> its weight in the reward."""
     return cfg.reward if isinstance(cfg.reward, dict) else {cfg.reward: 1.0} if cfg.reward else {}

@@ -17,7 +17,7 @@ import numpy as np
 import config
 import data
 import model
-import report
+from machine import ending
 
 GREEN, RED, FAINT = "1;32", "1;31", "2"
 LONG = 240  # tokens that are shown of a text
@@ -120,16 +120,12 @@ def main(arguments: list[str]):
     parser.add_argument("--rows", type=int, default=3, help="how many rows are shown")
     files = [*itertools.takewhile(lambda word: not word.startswith("-"), arguments)]
     options, rest = parser.parse_known_args(arguments[len(files):])
-    try:
+    with ending():
         cfg = config.load(rest)
         if not files and not cfg.train_data:
             raise ValueError("no FILE, and no --config with train_data; expected python data.py FILE --objective=...")
         kind, tokenizer = config.data_kind(cfg), tokenizer_of(cfg)
         dataset = data.load(files or cfg.train_data, kind, tokenizer, cfg)
-    except ValueError as error:
-        if not report.on_purpose(error):
-            raise
-        sys.exit(f"error: {error}")
     examples = dataset.examples
     print(f"{kind} rows for {'+'.join(cfg.weights)}, tokens of {tokenizer.folder}:")
     print(data.counted(dataset.counts) + "\n")

@@ -5,7 +5,6 @@ import math
 import shlex
 import sys
 import textwrap
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,12 +15,6 @@ def bar(steps=None, what: str = "", show: bool = True, **more) -> tqdm:
     """A bar of 80 columns with the time left, of what takes longer than a second; in a log, a line every half a minute."""
     return tqdm(steps, desc=what[:20], disable=not show, mininterval=0.2 if sys.stderr.isatty() else 30, **{
         "leave": False, "delay": 1, "bar_format": "{desc} |{bar:6}| {n_fmt}/{total_fmt} {remaining} left{postfix}", **more})
-
-
-def on_purpose(error: Exception) -> bool:
-    """Was it raised by a `raise` of this project? Then its message is for the user; any other is a bug, and wants a traceback."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).parent == Path(__file__).parent and last.line.startswith("raise")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,14 +33,13 @@ import checkpoint
 import config
 import data
 import model
-import report
 import reward
 import rollout
-import train
+from machine import ending, find_machine
 
 
 def opened(name: str, cfg) -> reward.Scorer:
-    return reward.Scorer(name, cfg, train.find_machine(cfg))
+    return reward.Scorer(name, cfg, find_machine(cfg))
 
 
 def language_model(name: str, cfg) -> reward.Scorer:
@@ -271,7 +270,7 @@ def main(arguments: list[str]):
     parser.add_argument("--other", default="", type=home, help="compare, merge: the other model")
     parser.add_argument("--weight", type=float, default=0.5, help="merge: share of --model")
     options, rest = parser.parse_known_args(arguments)
-    try:
+    with ending():
         for key in NEEDS.get(options.what, ()):
             if not getattr(options, key):
                 raise ValueError(f"{options.what} needs --{key}")
@@ -291,10 +290,6 @@ def main(arguments: list[str]):
         options.n = options.n or {"best": 8}.get(options.what, 1)
         usual = {"truncation": "error", "compile": "auto" if options.data else False}  # for one answer it would not pay
         said = COMMANDS[options.what](options, config.load(rest, ("sample.py", usual))) or []
-    except (ValueError, FileExistsError, NotADirectoryError) as error:
-        if isinstance(error, ValueError) and not report.on_purpose(error):
-            raise
-        sys.exit(f"error: {error}")
     beside_each_other = options.what == "compare" and not options.out and sys.stdout.isatty()
     text = "".join((beside(line) if beside_each_other else json.dumps(line)) + "\n" for line in said)
     if options.out and options.what != "merge":

@@ -4,32 +4,20 @@ Reads top to bottom in the order in which things happen: machine, stage, model, 
 Nothing here knows an objective by name: what a loss needs follows from what it reads (losses.READINGS).
 """
 import contextlib
-import ctypes
-import errno
-import fcntl
 import functools
 import gc
 import json
 import math
-import multiprocessing
-import os
-import re
-import resource
 import shlex
 import signal
 import sys
-import threading
 import time
-import traceback
 import types
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -42,74 +30,7 @@ import reference
 import report
 import reward
 import rollout
-
-
-class Machine(NamedTuple):
-    """Where a run computes: this process's place among the ranks, its device and precision."""
-    rank: int
-    world: int
-    device: str
-    dtype: torch.dtype  # of compute
-    compiled: bool
-
-    def autocast(self):
-        low = self.dtype in (torch.bfloat16, torch.float16)
-        return torch.autocast(self.device, self.dtype) if low else contextlib.nullcontext()
-
-    def layout(self, tokens: int) -> data.Layout:
-        """How streams of that many tokens are laid out here."""
-        return data.Layout(tokens, data.varlen(self.device, self.dtype), self.compiled, self.device)
-
-    def sum(self, tensor):
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def gather(self, tensor) -> list:
-        """The (n,) of every rank, of whatever lengths."""
-        return [tensor] if self.world == 1 else [own.to(tensor) for own in self.share(tensor.cpu())]
-
-    def share(self, value) -> list:
-        """The value of every rank, whatever it is."""
-        values = [value] * self.world
-        if self.world > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-    def any(self, flag: bool) -> bool:
-        """Whether it is raised on one of the ranks."""
-        return flag if self.world == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)))
-
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
-
-
-def keep_memory():
-    """What glibc gives back to the system when a tensor is freed it takes again, page by page, for the next one: on a CPU up to a
-    third of a step. Here the process keeps it."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large ones, too, come from the heap
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose end stays
-
-
-def find_machine(cfg) -> Machine:
-    device, dtype = config.machine(cfg)
-    cuda = device == "cuda"
-    if not cuda:
-        keep_memory()
-    if cuda and not torch.cuda.is_available():
-        raise ValueError("device = 'cuda', and torch finds no CUDA device; install a CUDA build of torch, or --device=cpu")
-    if "RANK" in os.environ and not dist.is_initialized():  # torchrun
-        if cuda:
-            own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(own)
-            dist.init_process_group("nccl", timeout=timedelta(hours=2), device_id=own)  # the others wait while rank 0 writes
-        else:
-            dist.init_process_group("gloo")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return Machine(rank, world, device, getattr(torch, dtype), cuda if cfg.compile == "auto" else cfg.compile)
+from machine import Machine, ending, find_machine, noting_signals, stopped
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,16 +67,11 @@ def train(cfg):
     machine, out = find_machine(cfg), Path(cfg.out_dir)
     settings = machine.share(config.settings(cfg))[0]  # one rank's: they may not disagree
     say = print if machine.rank == 0 else lambda *_: None
-    in_use(out, cfg, machine)
-    if cfg.resume and finished_already(out, settings, say):
+    checkpoint.check_free(out, cfg, machine)
+    if cfg.resume and checkpoint.finished_already(out, settings, say):
         return
     report.check_tracker(cfg.track)
-    taken = {}
-    for name, folder in {"this run": cfg.out_dir, **config.stages(cfg)}.items():  # one that is named twice is one
-        path = Path(os.path.realpath(folder))
-        for other in [other for other, its in taken.items() if path.is_relative_to(its) or its.is_relative_to(path)]:
-            raise ValueError(f"{other} and {name} would both write to out_dir = {folder!r}; give each its own, none in another")
-        taken[name] = path
+    config.check_folders(cfg)
     supply_of = SUPPLIES.get(config.data_kind(cfg), Rows)
     run = prepared(cfg, machine, say, supply_of.provides)
     decoder, terms, outputs, layout = run.decoder, run.terms, run.outputs, run.layout
@@ -184,14 +100,9 @@ def train(cfg):
     skipped = torch.zeros(2, device=machine.device)  # steps that were not finite: all of them, and those in a row up to now
     steps = cfg.max_steps or math.ceil(cfg.epochs * supply.per_epoch)
     state = checkpoint.State(decoder, optimizer, scaler, running, skipped, supply)
-    held(out, fcntl.LOCK_EX, machine)
-    in_use(out, cfg, machine)  # another run may have come and gone since
-    newest = checkpoint.newest(out)[1] if cfg.resume else 0
-    others = config.changes(run_json(out).get("settings", {}) | {"save_dtype": cfg.save_dtype}, settings)  # but what takes no step
-    if newest > steps or newest == steps and finished(out) and others:
-        raise ValueError(f"{out}: its newest checkpoint is of step {newest}, and the run ends at {steps}: no step is left for the "
-                         f"settings of now; raise max_steps or epochs, or name another --out_dir")
-    done = checkpoint.resume(out, state, machine, say) if cfg.resume else 0
+    checkpoint.hold(out, machine)
+    checkpoint.check_free(out, cfg, machine)  # another run may have come and gone since
+    done = checkpoint.resume(out, state, machine, say, steps, settings) if cfg.resume else 0
     pad = padding(run.tokenizer, run.datasets.values()) if machine.rank == 0 and "reward" in outputs else ()
     template = run.tokenizer.chat_template if cfg.chat_template else ""
     with_files = run.tokenizer.folder, template, pad, run.tokenizer.ends
@@ -305,7 +216,7 @@ def train(cfg):
             seconds = (time.perf_counter() - since_line) / since
             line = {"step": step, "split": "train", **supply.metrics, **metrics, "grad_norm": grad_norm.item(), "lr": lr,
                     "skipped_steps": int(skipped[0]), "tokens": counts["stream_tokens"],
-                    "tokens_per_second": tokens / since / seconds, "seconds": seconds, "peak_memory_gb": peak_memory_gb(machine)}
+                    "tokens_per_second": tokens / since / seconds, "seconds": seconds, "peak_memory_gb": machine.peak_memory_gb()}
             record(line)
             if skipped[1] >= cfg.max_skipped_steps:
                 stop_for(step, dataset, rows)
@@ -323,7 +234,7 @@ def train(cfg):
         if stops:
             bar.close()
             say(f"stopped by a signal after step {step}: {out / f'checkpoint-{step}'} is saved, go on with --resume")
-            raise SystemExit(128 + (told[0] if told else signal.SIGTERM))
+            raise stopped(told)
         since_line += time.perf_counter() - pause
     bar.close()
 
@@ -338,7 +249,7 @@ def train(cfg):
         say(report.summary(out, *ends, ("loss", show, "exact_match", "reward"), before, samples(run), use_of(run)))
     machine.barrier()
     if machine.any(bool(told)):  # in the last step: it is done, what would follow is not
-        raise SystemExit(128 + (told[0] if told else signal.SIGTERM))
+        raise stopped(told)
 
 
 def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
@@ -393,95 +304,20 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
                datasets, prompts, machine.layout(tokens))
 
 
-def noting_signals(steps: range, told: list[int]) -> Iterator[int]:
-    """The steps; while they last, SIGTERM and SIGINT go into told. A second one acts at once, unless it comes within a second:
-    launchers repeat what a terminal has sent."""
-    if threading.current_thread() is not threading.main_thread():
-        yield from steps
-        return
-
-    def note(number, frame):
-        if not told:
-            told.append(number)
-            first.append(time.monotonic())
-            name = signal.Signals(number).name
-            os.write(2, f"\n{name}: finishing this step, then saving; a second one stops at once\n".encode())
-        elif time.monotonic() > first[0] + 1:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-    first, before = [], {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield from steps
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def finished_already(out: Path, now: dict, say: Callable) -> bool:
-    """Of a run that is to go on, with the settings of now. What has changed since is said; another objective is an error, and so
-    is a run that is finished and has nothing to go on from."""
-    before, over = run_json(out).get("settings", {}), finished(out)
-    changed = config.changes(before, now) if before else []
-    if before and before["weights"].keys() != now["weights"].keys():
-        raise ValueError(f"{out}: {'+'.join(before['weights'])} was trained there, and this is {'+'.join(now['weights'])}; name "
-                         f"another --out_dir")
-    if over and not changed:
-        say(f"{out} is finished already: {out / 'model'}")
-    elif over and not checkpoint.found(out):
-        raise ValueError(f"{out} is finished and holds no checkpoint to go on from ({'; '.join(changed)}); name another --out_dir")
-    elif changed:
-        say(f"{out} goes on with other settings than before: {'; '.join(changed)}")
-    return over and not changed
-
-
-def run_json(out: Path) -> dict:
-    """What a run has written of itself; {}: nothing."""
-    return model.read_json(out / "run.json") if (out / "run.json").is_file() else {}
-
-
-def finished(out: Path) -> bool:
-    return bool(run_json(out).get("finished")) and (out / "model").is_dir()
-
-
-def in_use(out: Path, cfg, machine: Machine):
-    """An error, of a folder that a new run would write over."""
-    if machine.any(written_to(out) and not cfg.resume):
-        raise ValueError(f"out_dir {cfg.out_dir} is not empty; go on with --resume, name another --out_dir, or remove it")
-
-
-def written_to(out: Path) -> bool:
-    """By a run that has begun: a lock alone is nothing."""
-    return out.exists() and any(path.name != "lock" for path in out.iterdir())
-
-
-def held(out: Path, how: int, machine: Machine):
-    """To its end, this process alone writes to a run's folder (LOCK_EX), or nobody does (LOCK_SH: a run begins from it)."""
-    busy = False
-    if machine.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            fcntl.lockf(os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o666), how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            busy = True
-        except OSError:  # a stage in a folder that can be read alone, a filesystem without locks
-            pass
-    if machine.any(busy):
-        raise ValueError(f"{out}: another run is at work there, or begins from it; wait for its end, or name another out_dir")
-
-
 def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
     """The model folder of another config's run. The run is made first where it is missing, taken up where it was cut
     off, and made again where it came from another config (the old folder is kept under another name)."""
     stage = config.load_stage(path, cfg)
     out = Path(stage.out_dir)  # what one rank sees there, all of them do
-    settings, found, over, begun = machine.share((config.settings(stage), run_json(out), finished(out), written_to(out)))[0]
+    settings, found, over, begun = machine.share(
+        (config.settings(stage), checkpoint.run_json(out), checkpoint.finished(out), checkpoint.written_to(out)))[0]
     same = found.get("digest") == config.hashed(settings)
     if same and over:
-        held(out, fcntl.LOCK_SH, machine)
+        checkpoint.hold(out, machine, alone=False)
         say(f"{path}: {out / 'model'} is there")
         return str(out / "model")
     if begun and not same:
-        held(out, fcntl.LOCK_EX, machine)
+        checkpoint.hold(out, machine)
     if begun and not same and machine.rank == 0:
         aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.old{i}")).exists())
         out.rename(aside)
@@ -491,7 +327,7 @@ def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
     say(f"{path}: running this stage first")
     stage.resume = same
     train(stage)
-    held(out, fcntl.LOCK_SH, machine)
+    checkpoint.hold(out, machine, alone=False)
     gc.collect()  # compiled blocks are in reference cycles
     return str(out / "model")
 
@@ -655,61 +491,15 @@ def padding(tokenizer: data.Tokenizer, datasets) -> tuple[int, str]:
     raise ValueError(f"{tokenizer.folder}: every token of the vocabulary ends a response; none is left for padding")
 
 
-def peak_memory_gb(machine: Machine) -> float:
-    if machine.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def leave(error: BaseException):
-    """End this rank now. NCCL's own end would wait for the other ranks, and they wait for this one."""
-    code = error.code if isinstance(error, SystemExit) else None
-    if not isinstance(error, SystemExit):
-        traceback.print_exception(error)
-    elif isinstance(code, str):
-        print(code, file=sys.stderr)
-    for child in multiprocessing.active_children():
-        child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 1)
 
 
 def main(arguments: list[str]):
     if "--help" in arguments or "-h" in arguments:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it
         return print(config.help_text())
-    try:
+    with ending():
         train(config.load(arguments))
-    except ValueError as error:
-        if not report.on_purpose(error):
-            raise
-        sys.exit(f"error: {error}")
-    except RuntimeError as error:  # gloo's; NCCL's watchdog ends the process by itself
-        if not (dist.is_initialized() and re.search("connection (closed|reset)|timed out", str(error), re.IGNORECASE)):
-            raise
-        said = f"error: another rank is gone ({str(error).splitlines()[0][:100]}); checkpoints are whole: go on with --resume"
-        print(said, file=sys.stderr, flush=True)  # before the launcher ends this one too
-        sys.exit(1)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        if not error.filename:
-            raise
-        sys.exit(f"error: {error.filename}: {error.strerror}")
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", 0) not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error).lower():
-            raise
-        sys.exit(f"error: the disk is full ({error}); checkpoints that were whole are whole: make room, and go on with --resume")
-    finally:
-        if dist.is_initialized():
-            error = sys.exception()
-            agreed = isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128  # a signal, on every rank
-            if error and not agreed and dist.get_backend() == "nccl":
-                leave(error)
-            gc.collect()  # DDP's wrapper, before its process group
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

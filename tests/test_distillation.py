@@ -13,6 +13,7 @@ import model
 import train
 from conftest import ROOT
 from launch import run
+from machine import find_machine
 from test_train import SMALL, assert_close, lines, options, weights
 
 
@@ -149,7 +150,7 @@ def test_a_run_starts_with_the_loss_of_whole_logits(tmp_path, monkeypatch):
     tokenizer = data.Tokenizer(ROOT / "tasks/arithmetic")
     dataset = data.load(cfg.train_data, "sft", tokenizer, cfg, False)
     teacher = model.load(tmp_path / "teacher")[0]
-    student = model.load_model(cfg, train.find_machine(cfg), "scratch", tokenizer, ["logits"])[0]
+    student = model.load_model(cfg, find_machine(cfg), "scratch", tokenizer, ["logits"])[0]
     values, masks, kls = [], [], []
     for i in data.step_rows(dataset, 0, cfg.batch_size, 0):
         e = dataset.examples[i]

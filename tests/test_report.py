@@ -9,6 +9,7 @@ import torch
 import config
 import data
 import losses
+import machine
 import preview
 import report
 import train
@@ -56,7 +57,7 @@ def test_a_slip_is_not_said_as_a_message(text, ours):
     """A `raise` of the project's files is for the user; what Python says of a line of theirs, or of others' files, is a bug."""
     with pytest.raises(ValueError) as caught:
         exec(compile(text, str(ROOT / "mine.py"), "exec"), dict(losses=losses, torch=torch))
-    assert report.on_purpose(caught.value) == ours
+    assert machine.on_purpose(caught.value) == ours
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -17,6 +17,7 @@ import reward
 import sample
 import train
 from conftest import ROOT, TINY
+from machine import Machine
 from test_train import ROWS, SMALL, lines, options, run
 
 
@@ -354,7 +355,7 @@ def test_a_check_of_many_answers_is_asked_at_once(language_run, tmp_path, monkey
 
 
 def test_models_that_judge_and_references_have_no_masters(reward_run, tmp_path):
-    machine, tokenizer = train.Machine(0, 1, "cpu", torch.bfloat16, False), data.Tokenizer(ROOT / "tasks/arithmetic")
+    machine, tokenizer = Machine(0, 1, "cpu", torch.bfloat16, False), data.Tokenizer(ROOT / "tasks/arithmetic")
     cfg = config.load([*options(tmp_path, "dpo"), f"--tokenizer={ROOT / 'tasks/arithmetic'}"])
     scorer = reward.Scorer(str(reward_run), cfg, machine)
     reward.by_model(scorer, tokenizer)

@@ -1,7 +1,6 @@
 """The loop: results do not depend on micro-batches, ranks or interruptions. Real runs on the arithmetic rows."""
 import contextlib
 import ctypes
-import fcntl
 import json
 import math
 import os
@@ -13,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
 import config
 import data
 import losses
@@ -22,6 +22,7 @@ import sample
 import train
 from conftest import ROOT
 from launch import run, start
+from machine import Machine
 
 TRAINED = [name for name, o in losses.OBJECTIVES.items()  # what a run can train
            if losses.streams([losses.bind(name, 1.0, o.hyperparameters)]) <= model.HEADS.keys() | reference.SOURCES.keys()
@@ -120,13 +121,13 @@ def test_micro_batches_and_ranks_do_not_matter(name, batch_size, tmp_path, monke
                                                ("KeyError('x')", 1, "KeyError: 'x'\n")])
 def test_a_rank_leaves_with_its_error(error, code, said):
     """What NCCL's ranks do, which nothing here can wait for: the code and the words of a plain end, and output is not lost."""
-    left = subprocess.run([sys.executable, "-c", f"import train\nprint('out')\ntrain.leave({error})\nprint('not here')"], cwd=ROOT, capture_output=True, text=True)
+    left = subprocess.run([sys.executable, "-c", f"import machine\nprint('out')\nmachine.leave({error})\nprint('not here')"], cwd=ROOT, capture_output=True, text=True)
     assert (left.returncode, left.stdout) == (code, "out\n") and left.stderr.endswith(said) and bool(left.stderr) == bool(said)
 
 
 def test_under_nccl_an_error_does_not_wait():
     """As if there were a group of it: its end, which would wait for the others, is not called."""
-    script = "import train\ntrain.dist.is_initialized, train.dist.get_backend, train.train = lambda: True, lambda: 'nccl', lambda cfg: 1 / 0\ntrain.main([])"
+    script = "import train, machine\nmachine.dist.is_initialized, machine.dist.get_backend, train.train = lambda: True, lambda: 'nccl', lambda cfg: 1 / 0\ntrain.main([])"
     left = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert left.returncode == 1 and left.stderr.endswith("ZeroDivisionError: division by zero\n") and "During handling" not in left.stderr
 
@@ -358,7 +359,7 @@ def test_the_running_mean_is_of_all_steps_before(tmp_path, monkeypatch):
 
 
 def test_a_step_that_is_not_finite_is_left_out_of_the_running_mean():
-    running, alone = {"running_reward": torch.zeros(2, dtype=torch.float64)}, train.Machine(0, 1, "cpu", torch.float32, False)
+    running, alone = {"running_reward": torch.zeros(2, dtype=torch.float64)}, Machine(0, 1, "cpu", torch.float32, False)
     for value in (3.0, float("nan"), float("inf"), 5.0):
         meter = train.Meter()
         meter.add(torch.zeros(()), {"rewards/mean": (torch.tensor(value), torch.tensor(2.0))})
@@ -473,7 +474,7 @@ def test_a_run_that_came_and_went_is_not_written_over(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "prepared", meanwhile)
     with pytest.raises(ValueError, match="out_dir .*run is not empty"):
         train.train(config.load(options(tmp_path, "dpo")))
-    assert [line["step"] for line in lines(tmp_path / "run")] == [1] and train.finished(tmp_path / "run")
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1] and checkpoint.finished(tmp_path / "run")
 
 
 def test_what_scratch_does_not_read_is_named(tmp_path, monkeypatch, capsys):
@@ -518,7 +519,7 @@ def test_two_runs_do_not_work_in_one_folder(tmp_path, monkeypatch):
     train.train(config.load(given("short", seed=5, max_steps=1)))
     assert (tmp_path / "first.old1" / "model").is_dir()
     (tmp_path / "without" / "lock").mkdir(parents=True)  # where there can be no lock, there is none
-    train.held(tmp_path / "without", fcntl.LOCK_SH, train.Machine(0, 1, "cpu", torch.float32, False))
+    checkpoint.hold(tmp_path / "without", Machine(0, 1, "cpu", torch.float32, False), alone=False)
 
 
 def test_what_goes_on_is_the_run_that_was(tmp_path, monkeypatch, capsys):
@@ -654,8 +655,8 @@ def test_two_thousand_steps_are_as_good_as_two_hundred(tmp_path):
 def test_freed_memory_is_used_again():
     """Without being given back and taken anew, page by page."""
     script = """
-import resource, torch, train
-train.keep_memory()
+import resource, torch, machine
+machine.keep_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 made = lambda: torch.ones(200 * 2**18).sum()
 for _ in range(5):
