@@ -367,6 +367,43 @@ NEEDS = {  # key -> (config, streams that losses read) -> is it read; and what t
 }
 
 
+def check_complete(cfg: types.SimpleNamespace, read: set[str], language: bool):
+    """An error for what a run lacks, or what does not go together: now, and not behind the stages before it. read: streams that its
+    losses read; language: they train a language model."""
+    losses, estimator = "+".join(cfg.weights), ADVANTAGES[cfg.advantages]
+    critics = ", ".join(name for name, other in ADVANTAGES.items() if not other.critic)
+    always = (
+        (cfg.init_from == "scratch" and not cfg.tokenizer, "init_from = 'scratch' needs tokenizer, a folder with tokenizer.json"),
+        (not cfg.train_data, "train_data is empty; name the files to train on"),
+        (cfg.eval_prompts and not (cfg.check or cfg.reward),
+         "eval_prompts need check, a function (prompt, completion, row) -> bool in the config file"),
+        (cfg.eval_prompts and not language,
+         f"eval_prompts are answered by a language model, and {losses} trains one without its head"),
+        ("teacher_logits" in read and not cfg.teacher, "distillation needs teacher, a model folder or a config file"),
+        (cfg.teacher_top_k and any(given.get("jsd_beta") == 1 for given in cfg.bound.values()),
+         "teacher_top_k with jsd_beta = 1: the reverse KL asks for the teacher's probability of every token that the student takes, "
+         "and only its highest are kept; leave out one of the two"))
+    rollouts = (
+        (cfg.eval_data and cfg.eval_prompts, "eval_data and eval_prompts are both prompts to answer here; name one of them"),
+        (not cfg.reward,
+         "rollouts need reward: a function (prompt, completion, row) -> number in the config file, or the folder of a reward model"),
+        (not all((callable(what) or isinstance(what, str) and what) and type(weight) in (int, float)
+                 for what, weight in rewards(cfg).items()),
+         f"reward = {cfg.reward!r}; expected a function, the folder or config of a reward model, or {{either: weight}}"),
+        (not language, f"{losses} trains a critic and no policy; expected both, as in objective = {{'ppo': 1.0, 'value': 0.5}}"),
+        (cfg.temperature == 0, "temperature = 0 answers a prompt in one way only; rollouts draw theirs: set it above 0"),
+        (cfg.gamma > 1, f"gamma = {cfg.gamma}: a reward would count more the later it comes; set it to at most 1"),
+        (cfg.rollout_prompts % cfg.batch_size,
+         f"rollout_prompts = {cfg.rollout_prompts} are no whole number of steps of batch_size = {cfg.batch_size}"),
+        (estimator.critic and "values" not in read,
+         f"advantages = {cfg.advantages!r} needs a critic: objective = {{..., 'value': 0.5}}; or name other advantages: {critics}"),
+        (estimator.group and cfg.samples_per_prompt < 2,
+         f"advantages = {cfg.advantages!r} compare the answers to one prompt; set samples_per_prompt above 1"))
+    for wrong, said in always + rollouts * rolls(cfg):
+        if wrong:
+            raise ValueError(said)
+
+
 def data_kind(cfg: types.SimpleNamespace) -> str:
     kinds = {OBJECTIVES[name].data for name in cfg.weights} - {None} or {"sft"}
     imitating = [name for name in cfg.weights if OBJECTIVES[name].data is None]

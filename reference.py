@@ -67,16 +67,11 @@ def live(run, decoder, output: str, column: str) -> Callable:
 def teacher_source(run) -> Callable:
     """teacher_logits, not yet made: the teacher's hidden states and its head; or its highest ones, from the disk."""
     cfg, teacher = run.cfg, run.folder_of(run.cfg.teacher)
-    if not teacher:
-        raise ValueError("distillation needs teacher, a model folder or a config file")
     run.tokenizer.same_ids(data.Tokenizer(model.find_folder(teacher)))
 
     load = lambda: frozen(run, teacher, ["logits"])
     if not cfg.teacher_top_k:
         return live(run, load(), "logits", "teacher_logits")
-    if any(given.get("jsd_beta") == 1 for given in cfg.bound.values()):
-        raise ValueError("teacher_top_k with jsd_beta = 1: the reverse KL asks for the teacher's probability of every token "
-                         "that the student takes, and only its highest are kept; leave out one of the two")
     known = run.tokenizer.fast.get_vocab_size()
     if cfg.teacher_top_k > known:
         raise ValueError(f"teacher_top_k = {cfg.teacher_top_k} and the vocabulary has {known} tokens")

@@ -28,9 +28,6 @@ def rewards(cfg, machine, tokenizer, folder_of: Callable) -> Callable:
     """cfg.reward as (examples, texts) -> Said. folder_of(name): where the model is that the config names."""
     terms = []
     for what, weight in config.rewards(cfg).items():
-        if not (callable(what) or isinstance(what, str) and what) or type(weight) not in (int, float):
-            raise ValueError(f"reward = {cfg.reward!r}; expected a function, the folder or config of a reward model, or "
-                             f"{{either: weight}}")
         give = by_function(what, cfg.reward_workers, cfg.reward_timeout) if callable(what) else by_model(
             Scorer(folder_of(what), cfg, machine), tokenizer)
         terms.append((weight, give))

@@ -321,27 +321,8 @@ class Rollouts:
 
     def __init__(self, run):
         cfg = self.cfg = run.cfg
-        if not cfg.reward:
-            raise ValueError("rollouts need reward: a function (prompt, completion, row) -> number in the config file, or the "
-                             "folder of a reward model")
-        if not hasattr(run.decoder, "lm_head"):
-            raise ValueError(f"{'+'.join(cfg.weights)} trains a critic and no policy; expected both, as in objective = "
-                             f"{{'ppo': 1.0, 'value': 0.5}}")
-        if cfg.temperature == 0:
-            raise ValueError("temperature = 0 answers a prompt in one way only; rollouts draw theirs: set it above 0")
-        if cfg.gamma > 1:
-            raise ValueError(f"gamma = {cfg.gamma}: a reward would count more the later it comes; set it to at most 1")
         self.machine, self.decoder, self.tokenizer, self.layout = run.machine, run.decoder, run.tokenizer, run.layout
         self.prompts, self.size = run.datasets["train"], cfg.rollout_prompts or cfg.batch_size
-        if self.size % cfg.batch_size:
-            raise ValueError(f"rollout_prompts = {self.size} are no whole number of steps of batch_size = {cfg.batch_size}")
-        estimator = losses.ADVANTAGES[cfg.advantages]
-        if estimator.critic and "values" not in run.streams:
-            others = ", ".join(name for name, other in losses.ADVANTAGES.items() if not other.critic)
-            raise ValueError(f"advantages = {cfg.advantages!r} needs a critic: objective = {{..., 'value': 0.5}}; or name other "
-                             f"advantages: {others}")
-        if cfg.samples_per_prompt < 2 and estimator.group:
-            raise ValueError(f"advantages = {cfg.advantages!r} compare the answers to one prompt; set samples_per_prompt above 1")
         self.minibatches = self.size // cfg.batch_size
         self.steps = self.minibatches * cfg.rollout_epochs  # of a rollout
         self.per_epoch = -(-len(self.prompts) // self.size) * self.steps

@@ -257,14 +257,12 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
     step come with."""
     terms, kind = config.terms(cfg, machine.compiled), config.data_kind(cfg)
     streams = losses.streams(terms)
+    outputs = sorted(streams & model.HEADS.keys())  # of the model; what else losses read are columns
     missing = streams - model.HEADS.keys() - reference.SOURCES.keys() - losses.RUNNING.keys() - provided
     if missing:
         raise ValueError(f"objective {'+'.join(cfg.weights)}: a run cannot train it, nothing provides "
                          f"{', '.join(sorted(missing))}; on tensors it works, see losses.py")
-    if cfg.init_from == "scratch" and not cfg.tokenizer:
-        raise ValueError("init_from = 'scratch' needs tokenizer, a folder with tokenizer.json")
-    if not cfg.train_data:
-        raise ValueError("train_data is empty; name the files to train on")
+    config.check_complete(cfg, streams, "lm_head" in model.modules(outputs))
     for paths in filter(None, (cfg.train_data, cfg.eval_data, cfg.eval_prompts)):
         data.files_of(paths)  # an error now, and not behind the stages
     folders = {name: run_stage(name, cfg, machine, say) for name in config.stage_files(cfg)}
@@ -275,19 +273,12 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
     machine.barrier()
 
     tokenizer = data.Tokenizer(Path(cfg.tokenizer) if cfg.tokenizer else model.find_folder(start_from), cfg.chat_template)
-    outputs = sorted(streams & model.HEADS.keys())  # of the model; what else losses read are columns
     apart = {"values"} if cfg.critic else set()  # what another model beside the policy says
     decoder, saved_dtype = model.load_model(cfg, machine, start_from, tokenizer, sorted({*outputs} - apart))
     if cfg.critic:
         tokenizer.same_ids(data.Tokenizer(model.find_folder(folder_of(cfg.critic))))
         decoder.critic = model.load_model(cfg, machine, folder_of(cfg.critic), tokenizer, ["reward"])[0]
 
-    if kind == "prompts" and cfg.eval_data and cfg.eval_prompts:
-        raise ValueError("eval_data and eval_prompts are both prompts to answer here; name one of them")
-    if cfg.eval_prompts and not (cfg.check or cfg.reward):
-        raise ValueError("eval_prompts need check, a function (prompt, completion, row) -> bool in the config file")
-    if cfg.eval_prompts and "lm_head" not in model.modules(outputs):
-        raise ValueError(f"eval_prompts are answered by a language model, and {'+'.join(cfg.weights)} trains one without its head")
     datasets = {split: data.load(paths, kind, tokenizer, cfg, machine.rank == 0)
                 for split, paths in (("train", cfg.train_data), ("eval", cfg.eval_data)) if paths}
     prompts = datasets.pop("eval", None) if kind == "prompts" else None
