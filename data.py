@@ -205,11 +205,11 @@ def with_system(row: dict, prompt: str | list, chat: bool) -> str | list:
 
 
 def split_messages(messages: list[dict], train_on: str) -> tuple[list, list]:
-    """A conversation -> (prompt, response): the response begins at the first assistant turn, or at the last."""
+    """A conversation -> (prompt, response): the response begins at the first assistant turn that answers something, or at the last."""
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns:
         raise ValueError("no message of an assistant to train on")
-    first = turns[0] if train_on == "all" else turns[-1]
+    first = next(filter(None, turns), 0) if train_on == "all" else turns[-1]
     return messages[:first], messages[first:turns[-1] + 1]
 
 

@@ -1039,6 +1039,14 @@ def test_turns_that_say_so_are_not_trained(flag, tmp_path):
         one(tmp_path, {"messages": [U("1"), {**A("2"), **flag}]}, tokenizer)
 
 
+def test_a_greeting_is_not_trained(tmp_path):
+    """It answers nothing: what the template makes of no message need not be what it begins with."""
+    template = "{% if messages %}9+9={% endif %}{% for m in messages %}{{ m.content + ('=' if m.role == 'user' else '') }}{% endfor %}"
+    tokenizer = with_template(tmp_path, ARITHMETIC, template)
+    example, _ = one(tmp_path, {"messages": [A("8"), U("1"), A("2"), U("3"), A("4")]}, tokenizer)
+    assert tokenizer.decode(example.prompt.tolist()) == "9+9=81=" and len(runs(tokenizer, example.responses[0], example.scored[0])) == 2
+
+
 @pytest.mark.parametrize("row, prompt, responses, chosen, rejected", [
     ({"prompt": "a", "completion": "b", "label": True}, "a", ["b"], [0], []), ({"prompt": "a", "completion": "b", "label": 0}, "a", ["b"], [], [0]),
     ({"messages": [U("hi"), A("yo")], "label": False}, [U("hi")], [[A("yo")]], [], [0]),
