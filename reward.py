@@ -150,17 +150,21 @@ class Workers:
 
 
 def begin(file: str, name: str):
-    """In a worker: the function, from its own file."""
+    """In a worker: the function, from its own file. A worker that ends here would be started again, for ever."""
     global function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the run, which finishes its step
-    function = runpy.run_path(file)[name]
+    try:
+        function = runpy.run_path(file)[name]
+    except BaseException as error:
+        said = Failed(f"in a process of reward_workers, {told(error)}")
+        function = lambda *given: said
 
 
 def call(given: tuple) -> float | str:
     """In a worker: nothing but a number, or text, which is none, or what went wrong, crosses between processes."""
     try:
         value = function(*given)
-        return str(value) if isinstance(value, str) else float(value)
+        return value if isinstance(value, Failed) else str(value) if isinstance(value, str) else float(value)
     except Exception as error:
         return told(error)
 

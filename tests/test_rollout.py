@@ -233,6 +233,16 @@ def test_a_reward_that_hangs_is_ended(tmp_path):
         reward.by_function(lambda prompt, completion, row: 1.0, workers=1)
 
 
+@pytest.mark.parametrize("raised", ["OSError('no network')", "SystemExit(3)"])
+def test_a_reward_that_no_worker_can_load_is_said(raised, tmp_path):
+    """A process of the pool that ended there would be started again, for ever, and the run would wait."""
+    file = tmp_path / "mine.py"
+    file.write_text(f"import multiprocessing\nif multiprocessing.current_process().name != 'MainProcess':\n    raise {raised}\ndef judge(prompt, completion, row):\n    return 1.0\n")
+    give = reward.by_function(config.runpy.run_path(str(file))["judge"], workers=1, timeout=30.0)
+    (said,), = give([example({"prompt": "p"}, "rows.jsonl:7")], [["a"]])
+    assert said.startswith(f"rows.jsonl:7: reward judge: in a process of reward_workers, {raised.split('(')[0]}: ") and "for the completion 'a'" in said
+
+
 # Rollouts in a run
 
 
