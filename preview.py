@@ -134,6 +134,9 @@ def main(arguments: list[str]):
     longest = np.array([len(e.prompt) + max(map(len, e.responses), default=0) for e in examples])
     counts = data.count(examples)
     trained = counts["steps"] or counts["tokens"]
+    unknown = tokenizer.fast.token_to_id(getattr(tokenizer.fast.model, "unk_token", None) or "")
+    if found := sum(np.count_nonzero(ids == unknown) for e in examples for ids in (e.prompt, *e.responses)):
+        print(f"{found:,} tokens are {tokenizer.fast.id_to_token(unknown)}: the tokenizer does not know these characters\n")
     print(histogram(longest, cfg.max_length))
     if not trained:  # prompts: what is trained is yet to be written
         return

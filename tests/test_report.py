@@ -133,6 +133,8 @@ def test_the_preview_marks_what_is_trained(tmp_path, monkeypatch, capsys):
     assert f"of {dataset.lengths.sum():,} tokens" in cut
     prompts = shown(capsys, ROWS["prompts"], "--config=configs/grpo.py", cache)
     assert "trained" not in prompts and "500 used" in prompts
+    (tmp_path / "words.jsonl").write_text(json.dumps({"prompt": "3+5=", "completion": "ate"}) + "\n")
+    assert "\n3 tokens are <unk>: " in shown(capsys, tmp_path / "words.jsonl", "--config=configs/sft.py", cache) and "<unk>" not in prompts
 
 
 @pytest.mark.parametrize("arguments, message", [
