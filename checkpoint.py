@@ -1,7 +1,7 @@
-"""Files that are whole or not there: written under a temporary name, fsynced, renamed. Checkpoints, and how a run goes on.
+"""Atomic writes, so that a file is complete or absent: temporary name, fsync, rename. Checkpoints, and how a run is resumed.
 
-A checkpoint-<step> is a model folder (it loads wherever out_dir/model does, in the master weights' dtype) with the optimizer's
-moments, a critic if there is one, and state.json beside it. Never a pickle.
+A checkpoint-<step> is a model folder (it loads wherever out_dir/model does, in the master weights' dtype) that also holds the
+optimizer's moments, a critic if there is one, and state.json. Never a pickle.
 """
 import contextlib
 import fcntl
@@ -28,8 +28,8 @@ class State(NamedTuple):
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     running: dict  # name -> (2,) sum and count of a metric over all steps
-    skipped: torch.Tensor  # (2,) steps that were not finite: all of them, and those in a row up to now
-    supply: object  # where steps come from
+    skipped: torch.Tensor  # (2,) non-finite steps: in total, and the current streak
+    supply: object  # of steps: train.Rows or rollout.Rollouts
 
 
 def write_text(path: Path, text: str):
@@ -48,7 +48,7 @@ def write_json(path: Path, value: dict):
 
 
 def publish(folder: Path, write: Callable):
-    """A folder that is whole or not there."""
+    """Write a folder by write(temporary folder) and a rename, so that it is complete or absent."""
     part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -81,7 +81,7 @@ def fsync(path: Path):
 
 
 def run_json(out: Path) -> dict:
-    """What a run has written of itself; {}: nothing."""
+    """The contents of a run's run.json; {} if there is none."""
     return model.read_json(out / "run.json") if (out / "run.json").is_file() else {}
 
 
@@ -90,18 +90,18 @@ def finished(out: Path) -> bool:
 
 
 def written_to(out: Path) -> bool:
-    """By a run that has begun: a lock alone is nothing."""
+    """Whether a run has written to the folder; a lock file alone does not count."""
     return out.exists() and any(path.name != "lock" for path in out.iterdir())
 
 
 def check_free(out: Path, cfg, machine):
-    """An error, of a folder that a new run would write over."""
+    """Raise an error if a new run would overwrite what is in the folder."""
     if machine.any(written_to(out) and not cfg.resume):
         raise ValueError(f"out_dir {cfg.out_dir} is not empty; go on with --resume, name another --out_dir, or remove it")
 
 
 def hold(out: Path, machine, alone: bool = True):
-    """To its end, this process alone writes to a run's folder; or, if not alone, nobody does: a run begins from it."""
+    """Lock a run's folder until this process ends: as its only writer, or, if not alone, to read it while nobody writes."""
     busy = False
     if machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -110,15 +110,15 @@ def hold(out: Path, machine, alone: bool = True):
             fcntl.lockf(os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o666), how | fcntl.LOCK_NB)
         except BlockingIOError:
             busy = True
-        except OSError:  # a stage in a folder that can be read alone, a filesystem without locks
+        except OSError:  # a read-only stage folder, or a filesystem without locks
             pass
     if machine.any(busy):
         raise ValueError(f"{out}: another run is at work there, or begins from it; wait for its end, or name another out_dir")
 
 
 def finished_already(out: Path, now: dict, say: Callable) -> bool:
-    """Of a run that is to go on, with the settings of now. What has changed since is said; another objective is an error, and so
-    is a run that is finished and has nothing to go on from."""
+    """Whether a run that is to be resumed is finished, with the same settings. Changed settings are reported; another objective is
+    an error, and so is a run with changed settings that is finished and has no checkpoint to resume from."""
     before, over = run_json(out).get("settings", {}), finished(out)
     changed = config.changes(before, now) if before else []
     if before and before["weights"].keys() != now["weights"].keys():
@@ -144,8 +144,8 @@ def found(out: Path) -> list[Path]:
 
 
 def save(out: Path, step: int, state: State, write_model: Callable, keep: int, config: dict, world: int):
-    """write_model(folder, dtype) writes the model; config: the run's, for whoever reads state.json."""
-    if (out / f"checkpoint-{step}").exists():  # of the same state
+    """Save a checkpoint. write_model(folder, dtype) writes the model; config: the run's, in state.json for information only."""
+    if (out / f"checkpoint-{step}").exists():  # it holds the same state
         return
     weights = dict(state.decoder.named_parameters())
     critic = {n: p.detach().contiguous() for n, p in weights.items() if model.of_critic(n)}
@@ -167,7 +167,7 @@ def save(out: Path, step: int, state: State, write_model: Callable, keep: int, c
     clear(out)  # the room may be needed
     publish(out / f"checkpoint-{step}", write)
     for folder in found(out)[:-keep]:
-        folder.rename(folder.with_name(folder.name + ".old"))  # half-removed, it goes by no checkpoint's name
+        folder.rename(folder.with_name(folder.name + ".old"))  # half-removed, it must not look like a checkpoint
     clear(out)
 
 
@@ -185,10 +185,10 @@ def newest(out: Path) -> tuple[Path | None, int]:
 
 
 def resume(out: Path, state: State, machine, say: Callable, steps: int, settings: dict) -> int:
-    """Put the newest checkpoint back, of a run of so many steps with the settings of now; metrics past it are dropped. Returns how
-    many steps are done."""
+    """Restore the newest checkpoint, if any, and drop the metrics logged after it. steps, settings: those of the run as it is now.
+    Returns how many steps are done."""
     folder, step = newest(out)
-    before = run_json(out).get("settings", {}) | {"save_dtype": settings["save_dtype"]}  # which takes no step
+    before = run_json(out).get("settings", {}) | {"save_dtype": settings["save_dtype"]}  # a change of it needs no step
     if step > steps or step == steps and finished(out) and config.changes(before, settings):
         raise ValueError(f"{out}: its newest checkpoint is of step {step}, and the run ends at {steps}: no step is left for the "
                          f"settings of now; raise max_steps or epochs, or name another --out_dir")
@@ -204,13 +204,13 @@ def resume(out: Path, state: State, machine, say: Callable, steps: int, settings
 
 
 def put_back(folder: Path, step: int, state: State):
-    """A checkpoint's weights, moments and all that is carried over steps."""
+    """Load a checkpoint into the state: weights, optimizer moments and all else that carries over."""
     weights, moments, kept = read(folder, state.decoder)
     parameters = dict(state.decoder.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    for key, moment in moments.items():  # none of what is frozen, nor of a policy whose critic has the first steps
+    for key, moment in moments.items():  # none for frozen weights, nor for a policy during critic_warmup
         name, _, which = key.rpartition(".")
         if name in parameters:
             p = parameters[name]
@@ -225,13 +225,13 @@ def put_back(folder: Path, step: int, state: State):
                              f"--out_dir")
         pair.copy_(torch.tensor(kept["running"][name], dtype=pair.dtype))
     state.skipped.copy_(torch.tensor(kept.get("skipped", [0.0, 0.0])))
-    if state.scaler.is_enabled() and kept["scaler"]:  # of a run in another dtype there is none
+    if state.scaler.is_enabled() and kept["scaler"]:  # a run in another dtype has none
         state.scaler.load_state_dict(kept["scaler"])
     state.supply.restore(folder, step, kept["supply"])
 
 
 def read(folder: Path, decoder: model.Decoder) -> list[dict]:
-    """Weights, the optimizer's tensors and state.json, or an error that names the file and the way out."""
+    """A checkpoint's weights, optimizer tensors and state.json; raises an error that names the bad file and the remedy."""
     readers = {"model.safetensors": lambda path: model.read_state(folder, decoder.shape), "optimizer.safetensors": load_file,
                "state.json": model.read_json}
     if any(model.of_critic(name) for name, _ in decoder.named_parameters()):

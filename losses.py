@@ -33,12 +33,12 @@ class Objective(NamedTuple):
     show: str | None  # metric that the progress bar shows beside the loss
     reads: tuple  # names of READINGS, in the order of the loss's positional parameters
     hyperparameters: dict  # name -> default
-    limits: dict  # hyperparameter -> a key of LIMITS, where the loss has another than `LIMITED`
-    coupled: bool  # its value is no sum over rows: it is given the readings of the whole step
+    limits: dict  # hyperparameter -> a key of LIMITS that overrides `LIMITED` for this loss
+    coupled: bool  # its value is not a sum over rows, so it is given the readings of the whole step
 
 
 class Reading(NamedTuple):
-    """How a parameter of a loss comes from a micro-batch."""
+    """How an input of a loss is computed from a micro-batch."""
     streams: tuple  # outputs of the model, or columns that a source adds to the batch
     how: Callable  # (batch, *streams) -> tensor
 
@@ -55,8 +55,8 @@ class Term(NamedTuple):
 
 
 OBJECTIVES: dict[str, Objective] = {}
-COUNTS = ("pairs", "examples", "responses", "tokens", "demonstrations", "demonstrated_tokens", "steps")  # of a step, by its data
-LIMITS = {  # what is expected of a hyperparameter -> test
+COUNTS = ("pairs", "examples", "responses", "tokens", "demonstrations", "demonstrated_tokens", "steps")  # of a step (data.count)
+LIMITS = {  # what error messages say is expected -> the test for it
     "at least 0": lambda x: x >= 0, "above 0": lambda x: x > 0, "between 0 and 1": lambda x: 0 <= x <= 1,
     "a number in (0, 1)": lambda x: 0 < x < 1, "a number in (0, 1]": lambda x: 0 < x <= 1,
     "a share of flipped labels in [0, 0.5)": lambda x: 0 <= x < 0.5,
@@ -83,8 +83,8 @@ def check(o: Objective, hyperparameters: dict):
 
 
 def objective(data: str | None, per: str | Callable, show: str | None = None, coupled: bool = False, **limits: str):
-    """Register a loss under its own name. `per` is a key of the step's counts, or a function of hyperparameters. On plain
-    tensors, too, the loss checks its hyperparameters first."""
+    """Register a loss under its own name. `per` is a key of the step's counts, or a function from hyperparameters to one. The
+    loss also checks its hyperparameters when it is called directly on tensors."""
     def register(loss):
         parameters = inspect.signature(loss).parameters.values()
         reads = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
@@ -122,9 +122,9 @@ def bind(name: str, weight: float, hyperparameters: dict, compile: bool = False)
 
 @functools.cache
 def compiled(function: Callable, dynamic: bool = True, backend: str = "inductor") -> Callable:
-    """The function as one graph that serves batches of any size: sizes of 0 and 1, sizes that are equal, and calls without
-    gradient are graphs of their own, of which a loss of several tensors has more than torch allows by default.
-    Hyperparameters are constants of a graph: as inputs of one they may come out of torch's disk cache with the value of
+    """The function compiled as one graph with dynamic sizes: sizes of 0 and 1, sizes that are equal, and calls without
+    gradient are still recompiled, for a loss of several tensors more often than torch allows by default.
+    Float hyperparameters are constants of a graph: as its inputs, they may come out of torch's disk cache with the value of
     another run (pytorch/pytorch#194976)."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     torch._dynamo.config.specialize_float = True
@@ -141,9 +141,9 @@ def read(reading: Reading, available: dict) -> Tensor:
 
 
 class Step(NamedTuple):
-    """What a coupled loss sees of the other micro-batches of its step, of all ranks: their readings, without gradient."""
-    parts: int  # micro-batches of the step
-    others: dict  # reading (n,) -> (those before this micro-batch, those after it); empty where there are none
+    """What a coupled loss sees of the step's other micro-batches, on all ranks: their readings, without gradient."""
+    parts: int  # number of micro-batches in the step, over all ranks
+    others: dict  # reading -> (its (n,) values in the micro-batches before this one, those in the micro-batches after it)
 
 
 def total(terms: list[Term], outputs: dict, batch: dict, counts: dict) -> tuple[Tensor, dict]:
@@ -172,13 +172,13 @@ def total(terms: list[Term], outputs: dict, batch: dict, counts: dict) -> tuple[
         loss = loss + term.weight / max(counts[term.per], 1) * share
         if len(terms) > 1:
             metrics[f"loss/{term.objective.name}"] = (share, count / parts)
-        for name, pair in more.items():  # of several losses with a metric of one name, the first one's has it
+        for name, pair in more.items():  # if losses report the same metric, the first one keeps the plain name
             metrics[f"{term.objective.name}/{name}" if name in metrics else name] = tuple(x / parts for x in reduced(*pair))
     return loss, {name: (s.detach(), n.detach()) for name, (s, n) in metrics.items()}
 
 
 def reduced(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum of the values that count, and how many they are."""
+    """Sum of the values where the mask is True (None: everywhere), and how many they are, () each."""
     if mask is None:
         return values.sum(), torch.full((), values.numel(), dtype=values.dtype, device=values.device)
     return torch.where(mask, values, 0).sum(), mask.sum().to(values.dtype)
@@ -189,17 +189,17 @@ def reduced(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def by_response(batch: dict, stream: Tensor) -> Tensor:
-    """(N,) -> (R, L): the scored tokens of each response in a row of their own, zeros behind them."""
+    """(N,) -> (R, L): one row per response with the values of its scored tokens, right-padded with zeros."""
     return stream.new_zeros(batch["num_responses"], batch["longest"]).index_put((batch["response"], batch["place"]), stream)
 
 
 def sums(batch: dict, stream: Tensor) -> Tensor:
-    """(N,) -> (R,) in float64: thousands of nats in fp32 would be off by 1e-4, and so would differences of them."""
+    """(N,) -> (R,): sum over each response, in float64: in fp32, thousands of nats and their differences would be off by 1e-4."""
     return by_response(batch, stream).sum(-1, dtype=torch.float64)
 
 
 def by_rank(batch: dict, stream: Tensor) -> Tensor:
-    """(R,) -> (Q, K): what the responses of each example have, in their order, zeros behind them."""
+    """(R,) -> (Q, K): one row per example with the values of its responses in order, right-padded with zeros."""
     return stream.new_zeros(batch["num_examples"], batch["most_responses"]).index_put((batch["example"], batch["rank"]), stream)
 
 
@@ -212,7 +212,7 @@ def column(name: str) -> Reading:
 
 
 def before_update(batch: dict, log_probs: Tensor, old: Tensor | None) -> Tensor:
-    """(R, L) under the policy before its updates on these answers. None: this is the only one, so they are log_probs."""
+    """(R, L) log-probs under the policy before its updates on these answers. old=None: only one update, so these are log_probs."""
     return by_response(batch, log_probs.detach() if old is None else old)
 
 
@@ -243,8 +243,8 @@ READINGS = {
     "label": Reading((), lambda batch: torch.where(batch["demonstrated"][batch["response"]], batch["target"], -100)),  # (N,)
     **{name: column(name) for name in ("step_logits", "logits", "teacher_logits")},
 }
-PREDICTED = {"chosen_reward": "chosen", "reject_reward": "rejected"}  # readings that eval writes down for every pair, under a key
-REPORTED = {"policy_chosen_logps": "logps/chosen", "policy_rejected_logps": "logps/rejected"}  # readings that are metrics too
+PREDICTED = {"chosen_reward": "chosen", "reject_reward": "rejected"}  # reading -> its key in predictions.jsonl
+REPORTED = {"policy_chosen_logps": "logps/chosen", "policy_rejected_logps": "logps/rejected"}  # reading -> metric that reports it
 DERIVED = {"rewards/margins": ("rewards/desirable", "rewards/undesirable")}  # metric -> the two whose difference it is
 RUNNING = {"running_reward": "rewards/mean"}  # reading -> metric: its mean over all earlier steps
 
@@ -263,8 +263,8 @@ def reference_free(term: Term, value: bool) -> Term:
 
 
 def ld_alpha(term: Term, value: float) -> Term:
-    """LD-DPO, arXiv:2409.06411: tokens past the length of the pair's shorter response count `value`, in every sum of
-    log-probs that the loss reads (so in the NLL inside of orpo and cpo too)."""
+    """LD-DPO, arXiv:2409.06411: tokens past the length of the pair's shorter response have weight `value`, in every sum
+    of log-probs that the loss reads (so in the NLL terms of orpo and cpo too)."""
     def desensitized(name):
         def how(batch, stream):
             shorter = torch.minimum(batch["lengths"][batch["chosen"]], batch["lengths"][batch["rejected"]])
@@ -278,9 +278,9 @@ def ld_alpha(term: Term, value: float) -> Term:
 
 
 def divergence(log_ratio: Tensor, kind: str | float) -> Tensor:
-    """f'(pi / pi_ref) of the log-ratio, arXiv:2309.16240 table 1: what takes its place in DPO under another divergence.
-    kind: "forward_kl", "js", or alpha: (e^((alpha - 1) x) - 1) / (alpha - 1). 1, the reverse KL, leaves x as it is; the paper
-    counts alpha from the other end (1 minus this one)."""
+    """f'(pi / pi_ref) as a function of the log-ratio x, which it replaces in DPO under another divergence, arXiv:2309.16240
+    table 1. kind: "forward_kl", "js", or the alpha of an alpha-divergence, (e^((alpha - 1) x) - 1) / (alpha - 1); alpha = 1,
+    the reverse KL, leaves x as it is. The paper's alpha is 1 minus this one."""
     if kind == "forward_kl":
         return -torch.expm1((-log_ratio).clamp(max=80))
     if kind == "js":
@@ -309,8 +309,8 @@ def f_divergence(term: Term, value: str | float) -> Term:
 
 
 def wpo(term: Term, value: bool) -> Term:
-    """WPO, arXiv:2406.11827 eq. 2 with sampled alignment: the value of each pair weighs exp of the two responses' mean of log p
-    minus log sum_v p(v)^2, no gradient and no bound."""
+    """WPO, arXiv:2406.11827 eq. 2 with sampled alignment: each pair's value is multiplied by exp of the sum, over its two
+    responses, of the token mean of log p - log sum_v p(v)^2. The weight has no gradient and no upper bound."""
     def weights(batch, log_probs, collision):
         gap = sums(batch, log_probs - collision).detach() / batch["lengths"].clamp(min=1)
         return (gap[batch["chosen"]] + gap[batch["rejected"]]).exp()
@@ -331,7 +331,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def same_shape(a: Tensor, b: Tensor):
-    """A (P, 1) among (P,) would broadcast to (P, P), and the loss would be that of other pairs."""
+    """Raise an error unless the shapes match: (P, 1) and (P,) would silently broadcast to (P, P), across pairs."""
     if a is None or b is None:
         raise ValueError("an input is None that the loss needs with these hyperparameters")
     if a.shape != b.shape:
@@ -345,7 +345,7 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """x in fp32 or wider, 0 where masked whatever is there, NaN included."""
+    """x in fp32 or wider where the mask is True, 0 elsewhere, even where x is NaN."""
     same_shape(x, mask)
     if mask.dtype != torch.bool:
         raise ValueError(f"the mask is {mask.dtype}; expected torch.bool, as mask.bool()")
@@ -358,7 +358,7 @@ def class_log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chose
 
 
 def log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
-    """The same of pairs, (P,) each."""
+    """`class_log_ratios` of pairs, (P,) each."""
     same_shape(policy_chosen_logps, policy_rejected_logps)
     return class_log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
 
@@ -382,12 +382,12 @@ def running(mean: Tensor | None) -> Tensor | float:
 
 
 def smoothed(x: Tensor, label_smoothing: float) -> Tensor:
-    """-log sigmoid(x) when that share of the labels is flipped."""
+    """-log sigmoid(x) with label smoothing: that share of the labels is taken to be flipped."""
     return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
 
 
 def preference_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict:
-    """What every preference loss reports; rewards are beta times what the loss compares. Ties count half."""
+    """Metrics of every preference loss; rewards are beta times the quantities that the loss compares. A tie is half correct."""
     margins = chosen_rewards - rejected_rewards
     return {"rewards/chosen": (chosen_rewards, None), "rewards/rejected": (rejected_rewards, None),
             "rewards/margins": (margins, None), "rewards/accuracies": (0.5 + 0.5 * margins.sign(), None)}
@@ -402,7 +402,7 @@ def sft(log_probs, demonstration_mask, *, per_sequence=False, dft=False):
     """Cross-entropy of the responses to imitate, their first token and EOS included, the prompt not.
 
     log_probs, demonstration_mask: (R, L). per_sequence: mean of per-sequence means instead of one mean over tokens.
-    dft: each token weighs its own probability, arXiv:2508.05629. Of preference pairs it imitates the chosen
+    dft: each token is weighted by its own probability, arXiv:2508.05629. Of preference pairs it imitates the chosen
     response, so {"dpo": 1.0, "sft": 0.2} adds an NLL term to DPO.
     """
     nll = -masked(log_probs, demonstration_mask)
@@ -415,7 +415,7 @@ def sft(log_probs, demonstration_mask, *, per_sequence=False, dft=False):
 
 
 def next_label(labels: Tensor) -> Tensor:
-    """(B, L) token ids, -100 where not scored -> the label of each place's logits: the token after it."""
+    """(B, L) token ids, -100 where not scored -> the label of each position's logits: the next token."""
     return F.pad(labels[:, 1:], (0, 1), value=-100)
 
 
@@ -504,8 +504,8 @@ def hinge(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, re
 @objective(data="preference", per="pairs", show="rewards/accuracies", label_smoothing="a share of flipped labels in [0, 0.5)")
 def robust(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *,
            beta=0.1, label_smoothing=0.1):
-    """Robust DPO, arXiv:2403.00409: the unbiased estimate of the clean loss when label_smoothing of the labels are
-    flipped, [-(1 - eps) log sigmoid(x) + eps log sigmoid(-x)] / (1 - 2 eps). log 2 at the start."""
+    """Robust DPO, arXiv:2403.00409: the unbiased estimate of the clean loss when a share label_smoothing of the labels
+    is flipped, [-(1 - eps) log sigmoid(x) + eps log sigmoid(-x)] / (1 - 2 eps). log 2 at the start."""
     c, r = log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     x = beta * (c - r)
     values = (label_smoothing * F.logsigmoid(-x) - (1 - label_smoothing) * F.logsigmoid(x)) / (1 - 2 * label_smoothing)
@@ -737,7 +737,7 @@ def rm_hinge(chosen_reward, reject_reward, margin=None, *, center_coef=0.0):
 def rm_plackett_luce(ranked_rewards, rank_mask):
     """Plackett-Luce likelihood of a ranking: sum over ranks k of logsumexp(reward_k..K) - reward_k; `rm` where K = 2.
 
-    ranked_rewards, rank_mask: (Q, K), best first, the mask True for the first responses of each row.
+    ranked_rewards, rank_mask: (Q, K), best first; the mask is True where there is a response, at the start of each row.
     """
     same_shape(ranked_rewards, rank_mask)
     rewards = torch.where(rank_mask, wide(ranked_rewards), -1e30)  # -inf has no gradient in logcumsumexp
@@ -758,8 +758,8 @@ def prm(step_logits, step_labels, step_mask):
 
     step_logits (S, 2): label 0 (bad step) and label 1 (good step), of a 2-label head or the two reward tokens' logits.
     step_labels (S,): floats in [0, 1], hard or soft; step_mask (S,): steps that have a label. With
-    d = logit 1 - logit 0: -(p log sigmoid(d) + (1 - p) log sigmoid(-d)). log 2 where the logits are equal. Trained on the
-    whole vocabulary instead it is `lm(logits, label)` at those places, not shifted.
+    d = logit 1 - logit 0: -(p log sigmoid(d) + (1 - p) log sigmoid(-d)). log 2 where the logits are equal. To train on
+    the whole vocabulary instead, use `lm(logits, label)` at those positions, without a shift.
     """
     if not step_labels.is_floating_point():
         raise ValueError(f"step_labels are {step_labels.dtype}; expected floats: integers would cut 0.9 to 0")
@@ -774,16 +774,16 @@ def prm(step_logits, step_labels, step_mask):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Policy gradient. All inputs (R, L); action_mask: the tokens that the policy chose. Log-probs are of the softmax of
-# logits / temperature over the whole vocabulary: log_probs with gradient, old ones the trainer's before the update, rollout
-# ones the sampler's. They start from the same rollouts, whose log-ratio is bounded to ±20 before exp.
+# Policy gradient. All inputs (R, L); action_mask: the tokens that the policy chose. Log-probs are those of
+# softmax(logits / temperature) over the whole vocabulary: log_probs with gradient, old_log_probs the trainer's before the
+# update, rollout_log_probs the sampler's, all on the same rollouts. Log-ratios are clamped to ±20 before exp.
 
-REDUCTIONS = {  # name -> (count that the sum is divided by, (R, L) values and mask and a constant -> values and mask)
+REDUCTIONS = {  # name -> (count that divides the sum, function of (R, L) values, (R, L) mask and max_new_tokens -> values, mask)
     "token": ("tokens", lambda values, mask, most: (values, mask)),  # mean over all tokens
     "sequence": ("responses", lambda values, mask, most: (sequence_mean(values, mask), mask.any(-1))),  # of sequence means
     "dr_grpo": ("responses", lambda values, mask, most: (values.sum(-1) / most, mask.any(-1))),  # sum / (R * max_new_tokens)
 }
-CORRECTIONS = {  # name -> (w, its mean over the sequence, low, high) -> weight of a token
+CORRECTIONS = {  # name -> function of (token weights w, their geometric mean over the sequence, low, high) -> token weights
     "tis": lambda w, sequence, low, high: w.clamp(low, high),
     "icepop": lambda w, sequence, low, high: torch.where((w >= low) & (w <= high), w, 0),
     "seq-mask-tis": lambda w, sequence, low, high: torch.where((sequence >= low) & (sequence <= high), w, 0),
@@ -806,19 +806,19 @@ def log_difference(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
 
 
 def bounded_exp(x: Tensor) -> Tensor:
-    """exp of a log-ratio of at most 20 either way."""
+    """exp of a log-ratio clamped to ±20."""
     return x.clamp(-20, 20).exp()
 
 
 def token_reduced(values: Tensor, action_mask: Tensor, reduction: str, max_new_tokens: int = 1) -> tuple[Tensor, Tensor]:
-    """(R, L) losses of tokens -> values and mask as the reduction has them."""
+    """(R, L) per-token losses -> values and mask under the reduction, (R, L) or (R,)."""
     values = torch.where(action_mask, values, 0)
     return REDUCTIONS[reduction][1](values, action_mask, max_new_tokens)
 
 
 def finished(values, ratio, binds, rollouts, reduction, max_new_tokens, correction, low, high) -> tuple[Tensor, Tensor, dict]:
-    """(R, L) losses of tokens -> what a policy loss returns: corrected for a sampler that is not the trainer (weights
-    exp(old - rollout), no gradient), reduced, and with metrics."""
+    """(R, L) per-token losses -> what a policy loss returns: corrected for a sampler that differs from the trainer (importance
+    weights exp(old - rollout), no gradient), reduced, and with metrics."""
     log_probs, old_log_probs, rollout_log_probs, action_mask = rollouts
     metrics = {"policy/clip_fraction": (binds.to(ratio.dtype), action_mask),
                "policy/ratio": (ratio.expand(action_mask.shape), action_mask),
@@ -835,7 +835,7 @@ def finished(values, ratio, binds, rollouts, reduction, max_new_tokens, correcti
 
 
 def clipped_surrogate(ratio, advantages, clip_eps_low, clip_eps_high, dual_clip):
-    """-min(ratio A, clip(ratio) A), where A < 0 at most -dual_clip A; and where clipping binds."""
+    """-min(ratio A, clip(ratio) A), capped at -dual_clip A where A < 0; and the mask of tokens where clipping is active."""
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high) * advantages
     surrogate = torch.min(plain, clipped)
     if dual_clip:
@@ -851,8 +851,8 @@ def ppo(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=Non
     group advantages it is GRPO's, arXiv:2402.03300; reduction "sequence" is GRPO's mean, "token" DAPO's, "dr_grpo" a constant.
 
     dual_clip c > 1: where A < 0 the loss is at most -c A, arXiv:1912.09729. correction: weights exp(old - rollout), no gradient,
-    for a sampler that is not the trainer: "tis" clamps them to [correction_low, correction_high], "icepop" drops tokens
-    outside, "seq-mask-tis" drops sequences whose mean lies outside. At ratio 1 the loss is -mean(A).
+    for a sampler that differs from the trainer: "tis" clamps them to [correction_low, correction_high], "icepop" drops tokens
+    outside of it, "seq-mask-tis" drops sequences whose geometric mean is outside. At ratio 1 the loss is -mean(A).
     """
     advantages = masked(advantages, action_mask)
     ratio = bounded_exp(log_difference(log_probs, old_log_probs, action_mask))
@@ -864,8 +864,8 @@ def ppo(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=Non
 @objective(data="prompts", per="responses", show="reward")
 def gspo(log_probs, old_log_probs, advantages, action_mask, rollout_log_probs=None, *,
          clip_eps_low=3e-4, clip_eps_high=4e-4, dual_clip=0.0, correction="", correction_low=0.5, correction_high=5.0):
-    """Group sequence policy optimization, arXiv:2507.18071: `ppo` with exp of the sequence's mean log-ratio for the ratio
-    and a mean over sequences. Its clips are of the order of 3e-4."""
+    """Group sequence policy optimization, arXiv:2507.18071: `ppo` with exp of the sequence's mean log-ratio as the ratio
+    and a mean over sequences. Its clip ranges are on the order of 3e-4."""
     advantages = masked(advantages, action_mask)
     ratio = bounded_exp(sequence_mean(log_difference(log_probs, old_log_probs, action_mask), action_mask))[:, None]
     values, binds = clipped_surrogate(ratio, advantages, clip_eps_low, clip_eps_high, dual_clip)
@@ -950,7 +950,7 @@ def value(values, old_values, returns, action_mask, *, value_clip=0.0, reduction
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Advantages: from rewards, without gradient. Tokens (R, L), over action tokens alone; groups (G, n): n responses to a prompt.
+# Advantages, from rewards, without gradient: per token (R, L), over action tokens alone; per group (G, n), n responses a prompt.
 
 
 def gae(rewards: Tensor, values: Tensor, action_mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -988,8 +988,8 @@ def group_norm(rewards: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def group_center(rewards: Tensor) -> Tensor:
-    """(G, n): Dr. GRPO, arXiv:2503.20783: r - mean of the group; of equal rewards exactly 0. `discounted` and `whiten` make
-    REINFORCE++-baseline of it."""
+    """(G, n): Dr. GRPO, arXiv:2503.20783: r - mean of the group; exactly 0 if rewards are equal. Followed by `discounted`
+    and `whiten`, it is REINFORCE++-baseline."""
     gap = wide(rewards) - wide(rewards[:, :1])
     return gap - gap.sum(1, keepdim=True) / rewards.shape[1]
 
@@ -1004,7 +1004,7 @@ def whiten(advantages: Tensor, action_mask: Tensor, sum_ranks: Callable = lambda
 
 
 def at_end(scores: Tensor, mask: Tensor) -> Tensor:
-    """(R,) at each response's last action token, (R, L)."""
+    """(R,) scores -> (R, L): each at its response's last action token, 0 elsewhere (the mask has no gaps)."""
     return scores.new_zeros(mask.shape).scatter(1, mask.sum(1, keepdim=True) - 1, scores[:, None])
 
 
@@ -1036,7 +1036,7 @@ class Estimator(NamedTuple):
     of: Callable
     critic: bool = False  # it needs values
     group: bool = False  # it compares the answers to a prompt
-    ahead: bool = False  # a token's advantage is of what comes later: gamma discounts
+    ahead: bool = False  # a token's advantage depends on later rewards, which gamma discounts
 
 
 ADVANTAGES = {"gae": Estimator(by_gae, critic=True, ahead=True), "reinforce": Estimator(by_return, ahead=True),
@@ -1045,20 +1045,20 @@ ADVANTAGES = {"gae": Estimator(by_gae, critic=True, ahead=True), "reinforce": Es
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The fused linear -> log-prob, and losses on logits. No [N, V] exists: a chunk of rows at a time, for log-probs made again in
-# backward, for losses on logits made once, with their gradient.
+# The fused linear -> log-prob, and losses on logits. [N, V] is never materialized, only a chunk of rows at a time:
+# for log-probs the logits are recomputed in backward; for losses on logits they are computed once, along with their gradient.
 
 
 def head_chunk(vocab_size: int, device: str = "cpu") -> int:
-    """Rows of logits alive at once: a power of two, so that a chunk is about 128 MB in fp32 (512 MB on an accelerator)
-    whatever the vocabulary; at least 128, since products of fewer wait for memory."""
+    """Rows of logits alive at once: a power of two from 128 to 1,024, so that a chunk takes at most 128 MB in fp32 (512 MB on an
+    accelerator), but at least 128 whatever the vocabulary, since smaller products are memory-bound."""
     budget = 2**25 if device == "cpu" else 2**27  # elements
     return max(128, min(1024, 1 << (budget // vocab_size).bit_length() - 1))
 
 
 def _chunk_logps(hidden, weight, target, temperature, entropy, collision, softmax):
-    """(C, D), (V, D), (C,) -> log-probs of the targets (C,) and, or None, entropies (C,), log sum_v p(v)^2 (C,) and softmax -
-    onehot (C, V) in that dtype: a target's own p - 1 is small where the model is sure, and would be lost in a rounded p."""
+    """(C, D), (V, D), (C,) -> log-probs of the targets (C,) and, None unless asked for, entropies (C,), log sum_v p(v)^2 (C,) and
+    softmax - onehot (C, V) in dtype `softmax`: p - 1 of a confident target is small, and would be lost in a rounded p."""
     logps = _logits(hidden, weight, temperature).log_softmax(-1)
     made = (logps.gather(1, target[:, None])[:, 0], -(logps.exp() * logps).sum(-1) if entropy else None,
             (2 * logps).logsumexp(-1) if collision else None)
@@ -1068,8 +1068,8 @@ def _chunk_logps(hidden, weight, target, temperature, entropy, collision, softma
 
 
 def _chunk_grad(hidden, weight, target, temperature, grad_logps, grad_entropy, p):
-    """d loss / d (hidden @ weight.T) (C, V): g (onehot - p) for the log-probs, -h p (log p + H) for the entropies, over the
-    temperature. p: softmax - onehot, if it was kept."""
+    """d loss / d (hidden @ weight.T) (C, V): g (onehot - p) for grad_logps g, -h p (log p + H) for grad_entropy h, both divided
+    by the temperature. p: softmax - onehot, if it was kept."""
     if temperature != 1:
         grad_logps, grad_entropy = grad_logps / temperature, None if grad_entropy is None else grad_entropy / temperature
     if p is not None:
@@ -1101,13 +1101,13 @@ def _logits(hidden, weight, temperature):
 
 
 def _zeros(hidden, weight, need_hidden, need_weight):
-    """Where `_back` puts the gradients of both operands: the weight's is a sum over chunks, in fp32 or wider."""
+    """Buffers that `_back` fills with both gradients; the weight's is accumulated over chunks, in fp32 or wider."""
     return (torch.zeros_like(hidden) if need_hidden else None,
             torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if need_weight else None)
 
 
 def _back(grad, hidden, weight, rows, grad_hidden, grad_weight):
-    """From d loss / d logits (C, V), of those rows, to the gradients of hidden and weight; None: not needed."""
+    """Backpropagate d loss / d logits (C, V) of these rows into the gradients of hidden and weight; None: not needed."""
     grad = grad.to(hidden.dtype)
     if grad_hidden is not None:
         torch.mm(grad, weight, out=grad_hidden[rows])
@@ -1137,7 +1137,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 parts.append(made)
                 if kept:
                     ctx.softmax[start] = p
-                elif frozen:  # d log-prob / d hidden does not wait for what is upstream
+                elif frozen:  # d log-prob / d hidden does not depend on the upstream gradient
                     ctx.jacobian[rows] = torch.mm(p, w).div_(-temperature)
         logps, entropies, collisions = (None if column[0] is None else torch.cat(column) for column in zip(*parts))
         if collision:
@@ -1153,7 +1153,7 @@ class _LinearLogProbs(torch.autograd.Function):
         body = compiled(_chunk_grad) if ctx.graphs else _chunk_grad
         grad_hidden, grad_weight = _zeros(h, w, *ctx.needs_input_grad[:2])
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in reversed(range(0, len(h), ctx.chunk)):  # first what was kept, which is gone then
+            for start in reversed(range(0, len(h), ctx.chunk)):  # chunks with a kept softmax first, to free it
                 rows = slice(start, start + ctx.chunk)
                 upstream = grad_logps[rows], grad_entropy[rows] if ctx.entropy else None
                 _back(body(h[rows], w, target[rows], ctx.temperature, *upstream, ctx.softmax.pop(start, None)),
@@ -1168,7 +1168,7 @@ class Projected(NamedTuple):
     weight: Tensor
 
     def ready(self) -> "Projected":
-        """For `rows`: in the dtype of the product, without gradient."""
+        """As `rows` needs it: in the dtype of the matrix product, detached."""
         return Projected(*_operands(self.hidden.detach(), self.weight.detach()))
 
     def rows(self, rows: slice) -> Tensor:
@@ -1177,7 +1177,7 @@ class Projected(NamedTuple):
 
 
 class TopLogits(NamedTuple):
-    """The k highest logits of each row and where they are, (N, k) each, of V; all others are -inf."""
+    """The k highest of each row's V logits, and their token ids, (N, k) each; all other logits are taken as -inf."""
     logits: Tensor
     index: Tensor
     vocab: int
@@ -1188,8 +1188,8 @@ class TopLogits(NamedTuple):
 
 
 class _Known(torch.autograd.Function):
-    """Values whose sum, of those that count, has known gradients to the inputs: the one backward scales them by what is upstream,
-    or by NaN if that is not one factor for all."""
+    """Values whose masked sum has precomputed gradients with respect to the inputs: the only backward scales them by the upstream
+    gradient, or by NaN if that is not the same factor for all values."""
     @staticmethod
     def forward(ctx, values, mask, gradients, *inputs):
         ctx.mask, ctx.gradients = mask, gradients
@@ -1209,11 +1209,11 @@ class _Known(torch.autograd.Function):
 
 
 def by_chunk(loss: Callable, *inputs, **hyperparameters) -> tuple[Tensor, Tensor, dict]:
-    """A loss on logits of which no [N, V] exists: `Projected` and `TopLogits` become logits a chunk of rows at a time, which the
-    loss may not change in place; other inputs (N, ...) are cut alongside. Without any of the two it is the loss itself.
+    """A loss on logits without materializing [N, V]: `Projected` and `TopLogits` become logits one chunk of rows at a time, which
+    the loss may not change in place; other inputs (N, ...) are sliced alongside. Without either of them, it is a plain call.
 
-    Gradients are made with the values, so that no logits are made twice (6NVD FLOPs). They are those of the sum of the values that
-    count: what is upstream has to be one factor for all of these, as in `total`.
+    Gradients are computed along with the values, so that logits are computed only once (6NVD FLOPs). They are those of the masked
+    sum of the values: the upstream gradient has to be the same factor for all of these, as in `total`.
     """
     unmade = [x for x in inputs if isinstance(x, (Projected, TopLogits))]
     if not unmade:
@@ -1253,10 +1253,10 @@ def linear_log_probs(hidden: Tensor, weight: Tensor, target: Tensor, *, temperat
     """log softmax(hidden @ weight.T / temperature)[target] without ever holding [N, V].
 
     hidden (N, D), weight (V, D), target (N,) int64 -> log-probs (N,) and, when asked, entropies (N,) and the log collision
-    probability log sum_v p(v)^2 (N,) without gradient, in nats, fp32 or wider. Backward makes each chunk's logits again: 8NVD
-    FLOPs instead of 6NVD, and memory for one chunk only; of a weight that needs no gradient, the forward makes what backward
-    needs (4NVD). chunk: rows at a time (0: by `head_chunk`). keep: bytes of softmax that are kept for backward instead of made
-    again, in the dtype of the product (None: one chunk's). compiled: chunk bodies through torch.compile.
+    probability log sum_v p(v)^2 (N,) without gradient, in nats, fp32 or wider. Backward recomputes each chunk's logits: 8NVD
+    FLOPs instead of 6NVD, and memory for one chunk only; if the weight needs no gradient and no entropies are asked for, forward
+    computes what backward needs (4NVD). chunk: rows at a time (0: by `head_chunk`). keep: bytes of softmax, in the product's
+    dtype, kept for backward instead of recomputed (None: one chunk's). compiled: chunk bodies through torch.compile.
     """
     same_shape(hidden[:, 0], target)
     if not temperature > 0:

@@ -1,5 +1,5 @@
-"""Where a run computes: one process, its place among the ranks, its device, precision and memory; the signals that it gets, and
-how it ends."""
+"""Where a run computes: this process, its rank, device, precision and memory; how it handles signals, and how
+it exits."""
 import contextlib
 import ctypes
 import errno
@@ -39,7 +39,7 @@ class Machine(NamedTuple):
         return torch.autocast(self.device, self.dtype) if low else contextlib.nullcontext()
 
     def layout(self, tokens: int) -> data.Layout:
-        """How streams of that many tokens are laid out here."""
+        """How packed streams of up to that many tokens are laid out on this machine."""
         return data.Layout(tokens, data.varlen(self.device, self.dtype), self.compiled, self.device)
 
     def sum(self, tensor):
@@ -48,18 +48,18 @@ class Machine(NamedTuple):
         return tensor
 
     def gather(self, tensor) -> list:
-        """The (n,) of every rank, of whatever lengths."""
+        """The (n,) tensors of all ranks, in rank order; n may differ between ranks."""
         return [tensor] if self.world == 1 else [own.to(tensor) for own in self.share(tensor.cpu())]
 
     def share(self, value) -> list:
-        """The value of every rank, whatever it is."""
+        """The values of all ranks, in rank order; any picklable object."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether it is raised on one of the ranks."""
+        """Whether the flag is True on any rank."""
         return flag if self.world == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)))
 
     def barrier(self):
@@ -73,12 +73,12 @@ class Machine(NamedTuple):
 
 
 def keep_memory():
-    """What glibc gives back to the system when a tensor is freed it takes again, page by page, for the next one: on a CPU up to a
-    third of a step. Here the process keeps it."""
+    """Keep freed memory in the process. By default, glibc returns a freed tensor's pages to the system and faults them in again
+    for the next tensor, which on a CPU takes up to a third of a step."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large ones, too, come from the heap
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose end stays
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large tensors, too, are allocated on the heap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the top of the heap is never returned
 
 
 def find_machine(cfg) -> Machine:
@@ -100,8 +100,8 @@ def find_machine(cfg) -> Machine:
 
 
 def noting_signals(steps: range, told: list[int]) -> Iterator[int]:
-    """The steps; while they last, SIGTERM and SIGINT go into told. A second one acts at once, unless it comes within a second:
-    launchers repeat what a terminal has sent."""
+    """Yield the steps; meanwhile, the first SIGTERM or SIGINT is appended to `told`. A second one stops the process at once,
+    unless it comes within a second: launchers forward signals that the terminal has already sent."""
     if threading.current_thread() is not threading.main_thread():
         yield from steps
         return
@@ -129,7 +129,7 @@ def stopped(told: list[int]) -> SystemExit:
 
 
 def leave(error: BaseException):
-    """End this rank now. NCCL's own end would wait for the other ranks, and they wait for this one."""
+    """Exit this rank immediately: NCCL's own shutdown would wait for the other ranks, which wait for this one."""
     code = error.code if isinstance(error, SystemExit) else None
     if not isinstance(error, SystemExit):
         traceback.print_exception(error)
@@ -150,14 +150,14 @@ def on_purpose(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def ending():
-    """With it a process ends well: an error that its user can mend is a line, any other a traceback, and no rank waits for it."""
+    """Exit cleanly: an error that the user can fix prints one line, any other a traceback, and no other rank is left waiting."""
     try:
         yield
     except ValueError as error:
         if not on_purpose(error):
             raise
         sys.exit(f"error: {error}")
-    except RuntimeError as error:  # gloo's; NCCL's watchdog ends the process by itself
+    except RuntimeError as error:  # from gloo, when a rank is gone; NCCL's watchdog kills the process itself
         if not (dist.is_initialized() and re.search("connection (closed|reset)|timed out", str(error), re.IGNORECASE)):
             raise
         said = f"error: another rank is gone ({str(error).splitlines()[0][:100]}); checkpoints are whole: go on with --resume"
@@ -177,5 +177,5 @@ def ending():
             agreed = isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128  # a signal, on every rank
             if error and not agreed and dist.get_backend() == "nccl":
                 leave(error)
-            gc.collect()  # DDP's wrapper, before its process group
+            gc.collect()  # frees DDP's wrapper before its process group is destroyed
             dist.destroy_process_group()

@@ -1,6 +1,6 @@
 """One decoder for Llama, Mistral, Qwen2, Qwen3 and GPT-2, with Hugging Face's parameter names; its heads; load and save.
 
-A family is a row of the table `FAMILIES`: which of a few switches it sets. GPT-2's own names are translated at the door.
+A family is an entry of `FAMILIES`: its config.json -> `Shape`. GPT-2's own parameter names are translated on load and save.
 
 Shapes: T stream tokens, S segments, H query heads, K key-value heads, E head width, D width, V vocabulary.
 """
@@ -166,8 +166,8 @@ def rope_frequencies(rope: dict, head_dim: int, device=None) -> Tensor:
 
 
 for _function in (torch.cos, torch.sin, torch.exp, torch.expm1, torch.log, torch.log1p, torch.sqrt, torch.tanh):
-    for _dtype in (torch.float32, torch.float64):  # MKL's first call of each, made by several threads at once, may be off by
-        _function(torch.ones(1, dtype=_dtype))  # 1e-4 in one of them (pytorch/pytorch#188792): this one is made by one
+    for _dtype in (torch.float32, torch.float64):  # if several threads race in MKL's first call of a function, one's result
+        _function(torch.ones(1, dtype=_dtype))  # may be off by 1e-4 (pytorch/pytorch#188792): make it here, in one thread
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -177,14 +177,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention over a packed, prefix-shared stream. A segment is a prompt, which sees itself, or a response, which sees its
-# prompt and itself: its keys are gathered, so that a key's place among them is its position, and the causal mask (and a
+# Attention over a packed, prefix-shared stream. A segment is a prompt, which attends to itself, or a response, which attends
+# to its prompt and itself. Its keys are gathered, so that a key's index among them is its position, and the causal mask (and a
 # sliding window) is aligned at the bottom right. data.varlen_segments and data.grouped_segments build the index tensors.
 
 
 @functools.cache
 def varlen_kernel() -> tuple[Callable, typing.Mapping]:
-    """The kernel and its parameters: torch 2.11 to 2.13 name the causal switch differently. Its import takes as long as torch's."""
+    """The kernel and its parameters: torch 2.11 to 2.13 name the causal switch differently. Its import takes as long as torch."""
     from torch.nn.attention.varlen import varlen_attn
     return varlen_attn, inspect.signature(varlen_attn).parameters
 
@@ -195,7 +195,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, batch: dict, window: int) 
 
 
 def repeated(x: Tensor, q: Tensor) -> Tensor:
-    """Keys or values (T, K, E), one for each of the query heads that share them: (T, H, E)."""
+    """Keys or values (T, K, E) -> (T, H, E): each head repeated for the query heads that share it."""
     shared = q.shape[1] // x.shape[1]
     return x.repeat_interleave(shared, dim=1) if shared > 1 else x
 
@@ -215,11 +215,11 @@ def _varlen(q, k, v, batch, window):
 
 
 def _grouped(q, k, v, batch, window):
-    """Segments of similar lengths side by side in one padded SDPA call per group: any device, any dtype. In fp32 or wider: on a
-    CPU, SDPA in bf16 takes twice as long."""
-    if q.is_cuda:  # whose kernels share keys among queries in 16 bits alone: in fp32, (Lq, Lk) scores of every head would be made
+    """Segments of similar lengths are batched into one padded SDPA call per group, for any device and dtype. Computes in fp32 or
+    wider: on a CPU, SDPA in bf16 takes twice as long."""
+    if q.is_cuda:  # its kernels do GQA in 16 bits only: in fp32, enable_gqa would materialize every head's (Lq, Lk) scores
         k, v = repeated(k, q), repeated(v, q)
-    dtype, groups, out = q.dtype, batch["groups"], []  # parts are split off: of slices, each would have a gradient of the whole
+    dtype, groups, out = q.dtype, batch["groups"], []  # split, not sliced: each slice's gradient would be full-size
     q = wide(q).index_select(0, batch["group_q"]).split([rows * length for rows, length, _ in groups])
     k, v = (wide(x).index_select(0, batch["group_k"]).split([rows * length for rows, _, length in groups]) for x in (k, v))
     for i, (rows, length_q, length_k) in enumerate(groups):
@@ -232,7 +232,7 @@ def _grouped(q, k, v, batch, window):
             place = torch.arange(length_q, device=offset.device)[:, None] + offset[:, None, None]  # (B, Lq, 1)
             distance = place - torch.arange(length_k, device=place.device)  # (B, Lq, Lk), both as places among the keys
             hidden = (distance < 0) | (distance >= reach if reach else False)
-            mask = q[i].new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None]  # SDPA would make one in each layer
+            mask = q[i].new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None]  # SDPA converts bool masks in every call
             batch["masks"][key] = mask
         blocks = [x[i].unflatten(0, (rows, -1)).transpose(1, 2) for x in (q, k, v)]  # (B, H, L, E)
         with torch.autocast(q[i].device.type, enabled=False):
@@ -276,12 +276,12 @@ class Attention(nn.Module):
         return (rotate(q, *rope), rotate(k, *rope), v) if rope else (q, k, v)
 
 
-REMADE = 2**20  # elements
+REMADE = 2**20  # elements of an input, from which `remade` recomputes
 
 
 def remade(function: Callable, *inputs: Tensor) -> Tensor:
-    """function(*inputs), whose intermediate results are made again in backward and not kept. A compiler sees to that itself, and
-    for small ones it does not pay."""
+    """function(*inputs), whose intermediate results are recomputed in backward instead of kept; not under a compiler, which
+    decides that itself, nor for small inputs, where it does not pay."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or inputs[0].numel() < REMADE:
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -327,7 +327,7 @@ class Block(nn.Module):
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """That of matrix products with it: autocast's, where that is on."""
+    """The dtype of matrix products with x: autocast's if it is enabled, else x's own."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
@@ -359,14 +359,14 @@ class Trunk(nn.Module):
 
 
 def predicting(hidden, batch):
-    """Hidden states where scored tokens are predicted (N, D). On CUDA in the dtype of matrix products: the residual stream is
-    fp32."""
+    """Hidden states at the positions that predict the scored tokens (N, D). On CUDA, cast to the dtype of matrix products: the
+    residual stream is fp32."""
     hidden = hidden.index_select(0, batch["predict_from"])
     return hidden.to(compute_dtype(hidden)) if hidden.is_cuda else hidden
 
 
 def token_head(decoder, hidden, batch, wanted):
-    """log p of each scored token under the softmax at the place that predicts it, and what else is wanted of it, (N,) each."""
+    """log p of each scored token under the softmax that predicts it; if wanted, its entropy and collision too, (N,) each."""
     hidden = predicting(hidden(), batch)
     made = linear_log_probs(hidden, decoder.lm_head.weight, batch["target"], entropy="entropy" in wanted,
                             collision="collision" in wanted, temperature=decoder.temperature, keep=decoder.keep,
@@ -375,7 +375,7 @@ def token_head(decoder, hidden, batch, wanted):
 
 
 def logits_head(decoder, hidden, batch, wanted):
-    """What predicts each scored token, before it is multiplied with the vocabulary: `losses.by_chunk` does that."""
+    """Logits that predict the scored tokens, as (hidden, weight) not yet multiplied: `losses.by_chunk` does that."""
     return {"logits": Projected(predicting(hidden(), batch), decoder.lm_head.weight)}
 
 
@@ -387,8 +387,8 @@ def reward_head(decoder, hidden, batch, wanted):
 
 
 def step_head(decoder, hidden, batch, wanted):
-    """Logits of a bad and of a good step at each step's own token, (N, 2), in fp32: of the score head, or of two tokens of the
-    vocabulary."""
+    """Logits of a bad and of a good step at each step's own token, (N, 2), in fp32: from the score head, or those of the two
+    reward tokens."""
     hidden = hidden().index_select(0, batch["own"])
     with torch.autocast(hidden.device.type, enabled=False):
         if decoder.reward_tokens:
@@ -399,8 +399,8 @@ def step_head(decoder, hidden, batch, wanted):
 
 
 def value_head(decoder, hidden, batch, wanted):
-    """What the critic expects from the place that predicts each scored token on, (N,), in fp32: it sees the prompt and the tokens
-    before. The critic is a head on the policy's trunk, or a model of its own beside it."""
+    """The critic's value at the position that predicts each scored token, (N,), in fp32: it sees the prompt and the tokens before
+    that one. The critic is a head on the policy's trunk, or a separate model."""
     if hasattr(decoder, "critic"):
         hidden, head = decoder.critic.hidden(batch), decoder.critic.score
     else:
@@ -410,8 +410,8 @@ def value_head(decoder, hidden, batch, wanted):
 
 
 class Head(NamedTuple):
-    """What makes streams of hidden states, and the module whose weights it needs."""
-    make: Callable  # (decoder, hidden, batch, names wanted) -> {name: stream}; hidden() are the decoder's, made for who asks
+    """A function that computes streams from hidden states, and the module whose weights it needs."""
+    make: Callable  # (decoder, hidden, batch, names wanted) -> {name: stream}; hidden() computes the decoder's on demand
     module: str
     labels: int = 0  # rows of a `score` module
 
@@ -423,7 +423,7 @@ LANGUAGE = {"lm_head": 0}  # the modules of a language model
 
 
 def modules(outputs: list[str], reward_tokens: bool = False) -> dict[str, int]:
-    """The modules that these streams need, with the labels of each. reward_tokens: the language model's head judges steps."""
+    """The head modules that these streams need -> their number of labels. reward_tokens: lm_head judges the steps."""
     needed = [HEADS["log_probs"] if reward_tokens and HEADS[name].labels > 1 else HEADS[name] for name in outputs]
     labels = {head.labels for head in needed if head.module == "score"}
     if len(labels) > 1:
@@ -433,24 +433,24 @@ def modules(outputs: list[str], reward_tokens: bool = False) -> dict[str, int]:
 
 
 class Decoder(nn.Module):
-    """A trunk and the heads that are read. `config` is its config.json, kept whole for saving."""
+    """A trunk and the requested heads. `config` is its config.json, kept complete for saving."""
 
     def __init__(self, config: dict, where: str = "config", heads: dict[str, int] = LANGUAGE):
         super().__init__()
         self.config, self.shape, self.compiled, self.reward_tokens = config, read_shape(config, where), False, ()
-        self.temperature, self.keep = 1.0, None  # of the softmax that log-probs are of, and its bytes that are kept
+        self.temperature, self.keep = 1.0, None  # of the log-probs' softmax, and its bytes kept for backward
         self.model = Trunk(self.shape)
         if "lm_head" in heads:
             self.lm_head = nn.Linear(self.shape.hidden_size, self.shape.vocab_size, bias=False)
             if self.shape.tied:
                 self.lm_head.weight = self.model.embed_tokens.weight
-        if "score" in heads:  # a bias of rewards has no gradient under a difference of two, and Adam would make steps of its noise
+        if "score" in heads:  # a reward bias cancels in differences: its gradient is noise, which Adam would turn into steps
             self.score = nn.Linear(self.shape.hidden_size, heads["score"], bias=heads["score"] > 1)
         if "values" in heads:
             self.values = nn.Linear(self.shape.hidden_size, 1)
 
     def forward(self, batch: dict, outputs: list[str]) -> dict[str, Tensor]:
-        """One packed micro-batch -> the named streams, (N,) each."""
+        """One packed micro-batch -> the named streams: (N,) each, but reward (R,), step_logits (N, 2) and logits a `Projected`."""
         hidden, made = functools.cache(lambda: self.hidden(batch)), {}
         for make in dict.fromkeys(HEADS[name].make for name in outputs):
             made |= make(self, hidden, batch, outputs)
@@ -463,8 +463,8 @@ class Decoder(nn.Module):
         return self.model(batch["tokens"], batch["positions"], attend)
 
     def compile_blocks(self):
-        """Compile in place: parameter names stay clean, and all layers and lengths of streams share one graph per half. (Which
-        one a stream gets may not depend on those before it: a resumed run has others.)"""
+        """Compile in place: parameter names stay clean, and all layers and stream lengths share one graph per half of a block.
+        (Which graph a stream gets must not depend on earlier streams: a resumed run has seen others.)"""
         self.compiled = True
         torch._dynamo.config.optimize_ddp = False  # it would split graphs that are halves of a block
         for block in self.model.layers:
@@ -472,7 +472,7 @@ class Decoder(nn.Module):
             block.after = torch.compile(block.after, fullgraph=True, dynamic=True)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """(L,) -> (L, V): one sequence, every position. For tests and for reading; training never builds this."""
+        """(L,) -> (L, V): one sequence, every position. For tests and as a readable reference; training never builds this."""
         def attend(layer, q, k, v):
             distance = torch.arange(len(q), device=q.device)[:, None] - torch.arange(len(q), device=q.device)
             window = self.shape.windows[layer]
@@ -572,7 +572,7 @@ def find_folder(name: str) -> Path:
 
 
 def read_weights(folder: Path, names_only: bool = False) -> dict[str, Tensor | None]:
-    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json names; or None for each."""
+    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json names; names_only: None for each."""
     index = folder / "model.safetensors.index.json"
     shards = read_json(index).get("weight_map") if index.is_file() else {"": "model.safetensors"}
     if not isinstance(shards, dict) or not shards or not all(isinstance(f, str) and Path(f).name == f for f in shards.values()):
@@ -589,8 +589,8 @@ def read_weights(folder: Path, names_only: bool = False) -> dict[str, Tensor | N
     return state
 
 
-REWARD = ("reward_mean", "reward_std")  # of the eval rows, in the config.json of a reward model
-NEW = {"score", "values"}  # heads that a model may start without
+REWARD = ("reward_mean", "reward_std")  # over the eval rows; saved in a reward model's config.json
+NEW = {"score", "values"}  # heads that a folder may lack: they are newly initialized
 SCORES = re.compile(r"^(v_head\.summary|value_head(\.summary)?|classifier)\.")  # other names of a score head
 
 
@@ -606,17 +606,17 @@ def read_state(folder: Path, shape: Shape) -> dict[str, Tensor]:
 
 
 def load(folder: Path, heads: dict[str, int] = LANGUAGE, seed: int = 0) -> tuple[Decoder, torch.dtype]:
-    """A model in fp32 (master weights; fp64 stays) with these heads, and the dtype its folder has. Every tensor is accounted
-    for: heads that are not asked for are left out, and a score head that is not there is new (by seed)."""
+    """A model in fp32 (master weights; fp64 stays) with these heads, and the dtype of its folder. Every tensor is accounted
+    for: heads that are not asked for are left out, and a missing score or values head is newly initialized (by seed)."""
     folder = Path(folder)
     config = read_json(folder / "config.json")
-    for said in (*REWARD, "step_token", "reward_tokens"):  # of the folder's own rows: not the next model's
+    for said in (*REWARD, "step_token", "reward_tokens"):  # they describe this folder's training, not the next model's
         config.pop(said, None)
     with torch.device("meta"):
         decoder = Decoder(config, str(folder / "config.json"), heads)
     state = read_state(folder, decoder.shape)
     labels = len(state.get("score.weight", ()))
-    if heads.get("score") == labels == 1 and "score.bias" in state:  # a constant that a folder of another project has: it stays
+    if heads.get("score") == labels == 1 and "score.bias" in state:  # from another project's folder: kept, but not trained
         decoder.score.bias = nn.Parameter(torch.zeros(1), requires_grad=False)
     unread = {"lm_head", *NEW} - heads.keys()
     state = {name: t for name, t in state.items() if name.split(".")[0] not in unread and not name.endswith("rotary_emb.inv_freq")}
@@ -664,8 +664,8 @@ def scratch(config: dict, seed: int, heads: dict[str, int] = LANGUAGE) -> Decode
 
 
 def load_model(cfg, machine, name: str, tokenizer, outputs: list[str]) -> tuple[Decoder, torch.dtype]:
-    """The model a run starts from, or one that it reads, with the heads that make these outputs: one way for all, so that policy
-    and reference agree to the last bit. cfg, machine, tokenizer: config.py's, train.py's and data.py's."""
+    """The model that a run starts from, or another that it uses, with the heads for these outputs: one code path for all, so that
+    policy and reference agree to the last bit. cfg, machine, tokenizer: from config.py, machine.py and data.py."""
     heads = modules(outputs, bool(cfg.reward_tokens))
     if name == "scratch":
         if not cfg.scratch:
@@ -695,8 +695,8 @@ def load_model(cfg, machine, name: str, tokenizer, outputs: list[str]) -> tuple[
 
 
 def without_masters(decoder: Decoder, dtype: torch.dtype) -> Decoder:
-    """A frozen model whose blocks have their matrices in a 16-bit dtype of compute: what autocast would make of them in every
-    pass, in half of the memory. Of a wider dtype, as it was."""
+    """Cast the linear layers of a frozen model's blocks, in place, to a 16-bit compute dtype: what autocast would do in every
+    pass, in half the memory. With a wider compute dtype, the model stays as it is."""
     for module in decoder.model.layers.modules() if dtype in (torch.bfloat16, torch.float16) else ():
         if isinstance(module, nn.Linear):
             module.to(dtype)
@@ -704,7 +704,7 @@ def without_masters(decoder: Decoder, dtype: torch.dtype) -> Decoder:
 
 
 def check_lengths(decoder: Decoder, dataset, answer: int = 0):
-    """Learned positions end. answer: tokens that a response may get."""
+    """Raise an error for examples longer than learned positions reach. answer: tokens of a response that is yet to come."""
     for e in dataset.examples if decoder.shape.gpt2 else ():
         length = len(e.prompt) + max(map(len, e.responses), default=answer)
         if length > decoder.shape.max_positions:
@@ -712,16 +712,16 @@ def check_lengths(decoder: Decoder, dataset, answer: int = 0):
                              f"set max_length to at most that")
 
 
-CRITIC = ("values", "critic")  # what belongs to the critic: a head on the trunk, or a model beside it
+CRITIC = ("values", "critic")  # how the critic's parameter names begin: a head on the trunk, or a separate model
 
 
 def of_critic(name: str) -> bool:
-    """Of a parameter's name."""
+    """Whether the parameter of that name is the critic's."""
     return name.split(".")[0] in CRITIC
 
 
 def architecture(decoder: Decoder) -> dict:
-    """What config.json says of the heads, in transformers' words."""
+    """The config.json entries that describe the heads to transformers; stale ones are removed from decoder.config."""
     for stale in ("id2label", "label2id", "num_labels"):
         decoder.config.pop(stale, None)
     name, labels = NAMES[decoder.config["model_type"]], decoder.score.out_features if hasattr(decoder, "score") else 0
@@ -734,9 +734,9 @@ def architecture(decoder: Decoder) -> dict:
 
 def save(decoder: Decoder, folder: Path, dtype: torch.dtype, tokenizer_from: Path, chat_template: str = "", pad: tuple = (),
          ends: set = frozenset()):
-    """Write a folder that transformers and vLLM load as it is: tied weights once, the tokenizer's files beside them. pad: the
-    (id, token) of a reward model's padding, which transformers looks for to find the last token. ends: tokens that end an answer,
-    whether or not the folders that it comes from say so."""
+    """Write a folder that transformers and vLLM load as it is: tied weights once, with the tokenizer's files. pad: the (id, token)
+    of a reward model's padding, which transformers looks for to find the last token. ends: ids of tokens that end an answer,
+    written even if the source folders do not list them."""
     def with_ends(described: dict) -> dict:
         said = described.get("eos_token_id")
         said = {*said} if isinstance(said, list) else {said} - {None}

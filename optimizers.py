@@ -1,5 +1,5 @@
-"""What moves the weights: AdamW, or Muon on the matrices of blocks and AdamW on the rest. Both pass by a step that is not finite,
-weights and moments, without asking the host: `found_inf`, a () tensor on the device, says so."""
+"""The optimizers: AdamW, or Muon on the matrices of blocks and AdamW on the rest. Both skip a non-finite step, weights
+and moments unchanged, without a host sync: `found_inf`, a () tensor on the device, is then 1."""
 import torch
 from torch import Tensor
 
@@ -7,7 +7,7 @@ import model
 
 
 def made(cfg, decoder: model.Decoder) -> torch.optim.AdamW:
-    """Of all weights that are trained; weight decay is for matrices and embeddings alone."""
+    """The optimizer of all weights that are trained; weight decay applies to matrices and embeddings only."""
     groups = {}
     for name, parameter in decoder.named_parameters():
         if parameter.requires_grad:
@@ -21,8 +21,8 @@ def made(cfg, decoder: model.Decoder) -> torch.optim.AdamW:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW but for the groups that say "muon": there, Nesterov momentum made orthogonal, arXiv:2502.16982, with updates of the
-    size of AdamW's, so that one learning rate serves both."""
+    """AdamW, except for groups with "muon" set: these use orthogonalized Nesterov momentum, arXiv:2502.16982, with updates scaled
+    to the size of AdamW's, so that one learning rate serves both."""
 
     @torch.no_grad()
     def step(self):
@@ -36,12 +36,12 @@ class Muon(torch.optim.AdamW):
                 update = orthogonal(p.grad.lerp(ahead, 0.95)).to(p) * (0.2 * max(p.shape) ** 0.5) + group["weight_decay"] * p
                 momentum.copy_(torch.where(bad, momentum, ahead))
                 p.sub_(torch.where(bad, 0, group["lr"] * update))
-                p.grad = None  # the rest is AdamW's
+                p.grad = None  # so that AdamW skips it
         super().step()
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V^T of its singular value decomposition: five Newton-Schulz iterations in bf16, Keller Jordan's coefficients."""
+    """Approximately U V^T of the matrix's SVD: five Newton-Schulz iterations in bf16, with Keller Jordan's coefficients."""
     x = matrix.bfloat16()
     x = x.T if x.shape[0] > x.shape[1] else x
     x = x / x.norm().clamp(min=1e-7)

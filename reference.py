@@ -1,9 +1,9 @@
 """Columns of a batch that need a forward but no gradient: log-probs of the frozen reference, a teacher's logits, KTO's estimate of
 the KL, and what a coupled loss reads of the whole step.
 
-A source is made once a run, from train.Run: add(split, batches, epoch), which puts a column into each micro-batch of a step.
-Frozen models are loaded from their own folders, never taken from the live one (a resumed run has the same reference), and run
-through the training path: at step 0 policy and reference agree to the last bits.
+A source is a function add(split, batches, epoch), made once per run from train.Run, that adds columns to a step's micro-batches.
+Frozen models are loaded from their own folders, never copied from the live policy (a resumed run has the same reference), and
+run through the training path: at step 0, policy and reference agree up to rounding.
 """
 import gc
 import hashlib
@@ -44,7 +44,7 @@ def frozen_reference(run) -> model.Decoder:
 
 
 def reference_source(run) -> Callable:
-    """reference_log_probs: from the table on disk, or of a model that runs in every step."""
+    """Adds reference_log_probs: from a table that is cached on disk, or from a model that runs in every step."""
     if run.cfg.reference_live:
         return live(run, frozen_reference(run), "log_probs", "reference_log_probs")
     tables = {split: reference_table(run, dataset) for split, dataset in run.datasets.items()}
@@ -56,7 +56,7 @@ def reference_source(run) -> Callable:
 
 
 def live(run, decoder, output: str, column: str) -> Callable:
-    """A frozen model that runs in every step."""
+    """Adds the output of a frozen model that runs in every step."""
     def add(split, batches, epoch):
         for batch in batches:
             with torch.no_grad(), run.machine.autocast():
@@ -65,7 +65,7 @@ def live(run, decoder, output: str, column: str) -> Callable:
 
 
 def teacher_source(run) -> Callable:
-    """teacher_logits, not yet made: the teacher's hidden states and its head; or its highest ones, from the disk."""
+    """Adds teacher_logits: `Projected`, from a teacher that runs in every step; or `TopLogits`, from a table cached on disk."""
     cfg, teacher = run.cfg, run.folder_of(run.cfg.teacher)
     run.tokenizer.same_ids(data.Tokenizer(model.find_folder(teacher)))
 
@@ -95,9 +95,9 @@ def teacher_source(run) -> Callable:
 
 
 def mismatched_source(run) -> Callable:
-    """policy_KL_logps and reference_KL_logps, KTO's estimate of the KL: log-probs of the step's prompts with responses of other
-    prompts, under the current policy, by a pass without gradient, and under the reference, looked up. All ranks get those of
-    the whole step."""
+    """Adds policy_KL_logps and reference_KL_logps, (m,), for KTO's estimate of the KL: log-probs of the step's prompts with
+    responses of other prompts, under the current policy, by a forward without gradient, and under the reference, from its
+    table. All ranks get those of the whole step."""
     machine, made = run.machine, {}  # split -> (epoch, its rows, their table)
 
     def add(split, batches, epoch):
@@ -125,7 +125,7 @@ SOURCES = {"reference_log_probs": reference_source, "teacher_logits": teacher_so
 
 
 def running_source(running: dict) -> Callable:
-    """Means over all earlier steps. running: name -> sum and count of a metric."""
+    """Adds means of metrics over all earlier steps, (). running: name -> (2,) sum and count of a metric."""
     def add(split, batches, epoch):
         means = {name: total / count.clamp(min=1) for name, (total, count) in running.items()}
         for batch in batches:
@@ -134,8 +134,8 @@ def running_source(running: dict) -> Callable:
 
 
 def step_source(run) -> Callable:
-    """What coupled losses read of the whole step, by a pass without gradient. Runs after all other sources. (An eval couples
-    the rows of each piece of data.in_order; alone in its step, a micro-batch needs no pass.)"""
+    """Adds "step", what coupled losses read of the whole step, by a forward without gradient. Runs after all other sources. (Eval
+    couples the rows of each piece of data.in_order; the only micro-batch of a step needs no such forward.)"""
     wanted = {name: reading for term in run.terms if term.objective.coupled for name, reading in term.reads.items()}
     machine = run.machine
 
@@ -173,8 +173,8 @@ def reference_table(run, dataset: data.Dataset) -> torch.Tensor:
 
 
 def precomputed(run, dataset: data.Dataset, what: str, load: Callable, of: Callable, weights: str) -> dict[str, torch.Tensor]:
-    """Tables of what of(decoder, batch) says of each scored token, name -> (dataset.offsets[-1], ...): from the cache on disk, or
-    by one pass over the rows, shared between the ranks. load() gives the frozen model, which is freed afterwards."""
+    """Tables of what of(decoder, batch) returns for each scored token, name -> (dataset.offsets[-1], ...): from the cache on disk,
+    or by one pass over the rows, split over the ranks. load() loads the frozen model, which is freed afterwards."""
     machine = run.machine
     path = Path(run.cfg.cache_dir).expanduser() / f"reference-{key(run, dataset, what, weights)}.safetensors"
     tables = read(path, int(dataset.offsets[-1]))
@@ -194,7 +194,7 @@ def precomputed(run, dataset: data.Dataset, what: str, load: Callable, of: Calla
 
 
 def fingerprint(name: str, cfg) -> str:
-    """Hash of a model's weights and config.json; of one made from scratch, of what it is made from."""
+    """Hash of a model's weights and config.json; for a model made from scratch, the settings that it is made from."""
     if name == "scratch":
         return f"{cfg.seed} {cfg.scratch} {cfg.tokenizer}"
     digest, folder = hashlib.sha256(), model.find_folder(name)
@@ -205,7 +205,7 @@ def fingerprint(name: str, cfg) -> str:
 
 
 def key(run, dataset: data.Dataset, what: str, weights: str) -> str:
-    """What a table depends on: weights, token ids and scored masks, and what numbers depend on besides these, the code too."""
+    """Cache key, a hash of all that a table depends on: weights, token ids, scored masks, device, dtype, torch and our code."""
     machine = run.machine
     precision = f"{machine.device} {machine.dtype} {torch.__version__} compiled={machine.compiled} {run.layout.tokens}"
     source = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (data, losses, model))
@@ -226,8 +226,8 @@ def read(path: Path, size: int) -> dict | None:
 
 
 def sweep(of: Callable, dataset: data.Dataset, layout: data.Layout, machine, what: str = "") -> dict[str, torch.Tensor]:
-    """Tables of what of(batch) says of each scored token, name -> (dataset.offsets[-1], ...), by one pass without gradient over
-    the rows, shared between the ranks."""
+    """Tables of what of(batch) returns for each scored token, name -> (dataset.offsets[-1], ...), by one pass without gradient
+    over the rows, split over the ranks."""
     tables = {}
     for rows in report.bar(data.in_order(dataset), what, machine.rank == 0 and bool(what)):
         for batch in data.micro_batches(dataset, rows, layout, machine.rank, machine.world)[0]:

@@ -43,12 +43,12 @@ class Run(NamedTuple):
     machine: Machine
     say: Callable  # print, on rank 0
     terms: list  # losses.Term
-    streams: set  # that they read: outputs of the model, and columns that sources add
-    outputs: list[str]  # those of the model
+    streams: set  # names of the tensors that the terms read: model outputs, and batch columns added by sources
+    outputs: list[str]  # the streams that the model outputs
     folder_of: Callable  # name of a model in the config -> its folder
     tokenizer: data.Tokenizer
     decoder: model.Decoder
-    saved_dtype: torch.dtype  # of the folder it starts from
+    saved_dtype: torch.dtype  # of the weights in the folder that training starts from
     datasets: dict  # split -> rows
     prompts: data.Dataset | None  # that eval answers
     layout: data.Layout
@@ -58,14 +58,14 @@ class Run(NamedTuple):
         return bool({"log_probs", "logits"} & {*self.outputs})
 
     def questions(self) -> data.Dataset:
-        """Rows with prompts to answer."""
+        """The rows whose prompts the samples answer: the eval prompts, else the eval rows, else the training rows."""
         return self.prompts or self.datasets.get("eval") or self.datasets["train"]
 
 
 def train(cfg):
     """One run, from a resolved config to out_dir/model."""
     machine, out = find_machine(cfg), Path(cfg.out_dir)
-    settings = machine.share(config.settings(cfg))[0]  # one rank's: they may not disagree
+    settings = machine.share(config.settings(cfg))[0]  # rank 0's, so that all ranks agree
     say = print if machine.rank == 0 else lambda *_: None
     checkpoint.check_free(out, cfg, machine)
     if cfg.resume and checkpoint.finished_already(out, settings, say):
@@ -76,7 +76,7 @@ def train(cfg):
     run = prepared(cfg, machine, say, supply_of.provides)
     decoder, terms, outputs, layout = run.decoder, run.terms, run.outputs, run.layout
 
-    # Where steps come from, and what adds columns to each
+    # The supply of steps, and the sources that add columns to their micro-batches
     supply = supply_of(run)
     wanted = (run.streams & reference.SOURCES.keys()) - supply.provides
     running = {name: torch.zeros(2, dtype=torch.float64, device=machine.device)  # sum and count of a metric over all steps
@@ -97,11 +97,11 @@ def train(cfg):
     trained = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
     parameters, policy = [*trained.values()], [p for name, p in trained.items() if not model.of_critic(name)]
     scaler = torch.amp.GradScaler(machine.device, enabled=machine.dtype == torch.float16)
-    skipped = torch.zeros(2, device=machine.device)  # steps that were not finite: all of them, and those in a row up to now
+    skipped = torch.zeros(2, device=machine.device)  # non-finite steps: in total, and the current streak
     steps = cfg.max_steps or math.ceil(cfg.epochs * supply.per_epoch)
     state = checkpoint.State(decoder, optimizer, scaler, running, skipped, supply)
     checkpoint.hold(out, machine)
-    checkpoint.check_free(out, cfg, machine)  # another run may have come and gone since
+    checkpoint.check_free(out, cfg, machine)  # again, now locked: another run may have come and gone
     done = checkpoint.resume(out, state, machine, say, steps, settings) if cfg.resume else 0
     pad = padding(run.tokenizer, run.datasets.values()) if machine.rank == 0 and "reward" in outputs else ()
     template = run.tokenizer.chat_template if cfg.chat_template else ""
@@ -114,7 +114,7 @@ def train(cfg):
         machine.barrier()
 
     def unless_lost(done: int, act: Callable):
-        """act(steps done), which calls the user's functions: if one of them fails, nothing of the run is lost."""
+        """act(done), which may call user functions; if it raises a ValueError, a checkpoint is saved first."""
         try:
             return act(done)
         except ValueError:
@@ -130,14 +130,14 @@ def train(cfg):
         return line
 
     def gradient(dataset, rows, epoch: int, rank: int = 0, world: int = 1) -> tuple["Meter", dict]:
-        """This rank's share of these rows, forward and backward; what they sum up to and what they count."""
+        """Forward and backward on this rank's share of the rows; returns the summed metrics and the step's counts."""
         batches, counts = data.micro_batches(dataset, rows, layout, rank, world)
         supply.add(batches)
         for add in sources:
             add("train", batches, epoch)
         meter = Meter()
         for i, batch in enumerate(batches):
-            waits = machine.world > 1 and i < len(batches) - 1  # gradients are reduced with the last one
+            waits = machine.world > 1 and i < len(batches) - 1  # gradients are all-reduced with the last micro-batch
             with wrapped.no_sync() if waits else contextlib.nullcontext():
                 with machine.autocast():
                     streams = wrapped(batch, outputs)
@@ -147,11 +147,11 @@ def train(cfg):
         return meter, counts
 
     def finite(meter: "Meter", grad_norm) -> torch.Tensor:
-        """Of all ranks, on the device."""
+        """Whether the loss, summed over ranks, and the gradient norm are finite: a () bool tensor on the device."""
         return machine.sum(meter.sums["loss"][0].clone()).isfinite() & grad_norm.isfinite()
 
     def stop_for(step: int, dataset, rows):
-        """Save, and name the rows of the step whose loss or gradient is not finite when they are alone in it."""
+        """Save a checkpoint, then raise an error that names the step's rows whose own loss or gradient is not finite."""
         in_a_row = int(skipped[1])
         skipped[1] = 0  # a resumed run counts anew
         save(step)
@@ -180,16 +180,16 @@ def train(cfg):
     evals, lines = report.written(out) if done and machine.rank == 0 else ([], [])
     first = next((line for line in evals if line["step"] == 0), {}) if done else unless_lost(0, evaluated)
     last = evals[-1] if evals and evals[-1]["step"] == done else first
-    if done == steps and machine.any(machine.rank == 0 and last is first):  # all that was left to do, or its check failed
+    if done == steps and machine.any(machine.rank == 0 and last is first):  # the last eval is missing: cut off, or check failed
         last = unless_lost(steps, evaluated)
     before = [] if done else samples(run)
     show = next((t.objective.show for t in terms if t.objective.show), None)
     bar = report.bar(what=out.name[:8], show=machine.rank == 0, total=steps, initial=done, leave=True, delay=0)
     if machine.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    since, since_line, tokens = 0, time.perf_counter(), 0  # of the steps since the last line
-    told, (began, line) = [], (lines[0], lines[-1]) if lines else ({}, {})  # signals to stop; the first line, and the last
-    for step in noting_signals(range(done + 1, steps + 1), told):  # its number is that of the steps done when it ends
+    since, since_line, tokens = 0, time.perf_counter(), 0  # steps, start time and tokens since the last log line
+    told, (began, line) = [], (lines[0], lines[-1]) if lines else ({}, {})  # stop signals received; first and latest log line
+    for step in noting_signals(range(done + 1, steps + 1), told):  # from 1: a step's number is how many are done after it
         pause = time.perf_counter()
         dataset, rows = unless_lost(step - 1, supply.rows)
         since_line += time.perf_counter() - pause
@@ -199,7 +199,7 @@ def train(cfg):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, group["peak"], step - 1, steps)
         for parameter in policy if step <= cfg.critic_warmup else ():
-            parameter.grad = None  # the optimizer passes it by
+            parameter.grad = None  # so that the optimizer skips it
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
         bad = (~finite(meter, grad_norm)).float()
@@ -227,7 +227,7 @@ def train(cfg):
         pause = time.perf_counter()
         if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
             last = unless_lost(step, evaluated)
-        reads = machine.world == 1 or step % cfg.log_every == 0  # ranks agree where they wait for each other anyway
+        reads = machine.world == 1 or step % cfg.log_every == 0  # ranks share signals at log lines, where they wait anyway
         stops = step < steps and reads and machine.any(bool(told))
         if stops or cfg.save_every and step % cfg.save_every == 0:
             save(step)
@@ -248,13 +248,13 @@ def train(cfg):
             ends = "first step -> last step", began, line
         say(report.summary(out, *ends, ("loss", show, "exact_match", "reward"), before, samples(run), use_of(run)))
     machine.barrier()
-    if machine.any(bool(told)):  # in the last step: it is done, what would follow is not
+    if machine.any(bool(told)):  # in the last step: this run is complete, but none may follow it
         raise stopped(told)
 
 
 def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
-    """The stages before it are run; model, tokenizer and rows are loaded and fit together. provided: columns that the rows of a
-    step come with."""
+    """Run the stages that this run depends on, load model, tokenizer and rows, and check that they fit together.
+    provided: batch columns that the supply of steps adds by itself."""
     terms, kind = config.terms(cfg, machine.compiled), config.data_kind(cfg)
     streams = losses.streams(terms)
     outputs = sorted(streams & model.HEADS.keys())  # of the model; what else losses read are columns
@@ -264,16 +264,16 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
                          f"{', '.join(sorted(missing))}; on tensors it works, see losses.py")
     config.check_complete(cfg, streams, "lm_head" in model.modules(outputs))
     for paths in filter(None, (cfg.train_data, cfg.eval_data, cfg.eval_prompts)):
-        data.files_of(paths)  # an error now, and not behind the stages
+        data.files_of(paths)  # a missing file is an error now, not after the stages have run
     folders = {name: run_stage(name, cfg, machine, say) for name in config.stage_files(cfg)}
     folder_of = lambda name: folders.get(name, name)
     start_from = folder_of(cfg.init_from)
     if machine.compiled:
-        torch.compiler.reset()  # a stage before this one had shapes of its own
+        torch.compiler.reset()  # drop the graphs compiled for an earlier stage's shapes
     machine.barrier()
 
     tokenizer = data.Tokenizer(Path(cfg.tokenizer) if cfg.tokenizer else model.find_folder(start_from), cfg.chat_template)
-    apart = {"values"} if cfg.critic else set()  # what another model beside the policy says
+    apart = {"values"} if cfg.critic else set()  # outputs of a model other than the policy
     decoder, saved_dtype = model.load_model(cfg, machine, start_from, tokenizer, sorted({*outputs} - apart))
     if cfg.critic:
         tokenizer.same_ids(data.Tokenizer(model.find_folder(folder_of(cfg.critic))))
@@ -289,17 +289,17 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
         model.check_lengths(decoder, dataset, cfg.max_new_tokens)
     for dataset in datasets.values() if cfg.critic else ():
         model.check_lengths(decoder.critic, dataset, cfg.max_new_tokens)
-    answers = (cfg.samples_per_prompt, cfg.max_new_tokens) if kind == "prompts" else ()  # that trees are yet to get
+    answers = (cfg.samples_per_prompt, cfg.max_new_tokens) if kind == "prompts" else ()  # that rollouts will add to each prompt
     tokens = data.stream_length([*datasets.values()], cfg.batch_size, cfg.micro_batch_tokens, *answers)
     return Run(cfg, machine, say, terms, streams, outputs, folder_of, tokenizer, decoder, saved_dtype,
                datasets, prompts, machine.layout(tokens))
 
 
 def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
-    """The model folder of another config's run. The run is made first where it is missing, taken up where it was cut
-    off, and made again where it came from another config (the old folder is kept under another name)."""
+    """The model folder that another config's run produces. The run is started if it is missing, resumed if it was interrupted,
+    and redone if it was made with other settings (the old folder is kept under another name)."""
     stage = config.load_stage(path, cfg)
-    out = Path(stage.out_dir)  # what one rank sees there, all of them do
+    out = Path(stage.out_dir)  # all ranks act on what rank 0 finds there
     settings, found, over, begun = machine.share(
         (config.settings(stage), checkpoint.run_json(out), checkpoint.finished(out), checkpoint.written_to(out)))[0]
     same = found.get("digest") == config.hashed(settings)
@@ -324,7 +324,7 @@ def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
 
 
 class Rows:
-    """The steps of a run on fixed rows."""
+    """Supplies the steps of a run on a fixed dataset."""
     provides, metrics, rewards = frozenset(), {}, None
 
     def __init__(self, run: Run):
@@ -333,21 +333,21 @@ class Rows:
         self.order = functools.lru_cache(1)(lambda epoch: data.epoch_order(self.dataset, epoch, run.cfg.seed))
 
     def rows(self, step: int):
-        """The dataset and the examples of a step, counted from 0."""
+        """The dataset, and the indices in it of a step's examples; steps are counted from 0."""
         epoch, nth = divmod(step, self.per_epoch)
         return self.dataset, self.order(epoch)[nth * self.size:(nth + 1) * self.size]
 
     def add(self, batches: list[dict]):
-        """No columns."""
+        """Fixed rows add no columns to the micro-batches."""
 
     def save(self, folder: Path, step: int) -> dict:
         return {}
 
     def restore(self, folder: Path, step: int, state: dict):
-        """Rows are f(seed, step)."""
+        """Nothing to restore: the rows are a function of (seed, step)."""
 
 
-SUPPLIES = {"prompts": rollout.Rollouts}  # kind of rows -> where the steps of a run come from, if not from the rows themselves
+SUPPLIES = {"prompts": rollout.Rollouts}  # kind of rows -> class that supplies the steps of a run; Rows for all others
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,14 +366,14 @@ class Meter:
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def read(self, machine: Machine) -> dict[str, float]:
-        """name -> mean over all micro-batches and ranks (of the loss: its sum, the shares add up)."""
+        """name -> mean over all micro-batches and ranks (the loss is summed: each micro-batch holds a share of it)."""
         table = machine.sum(torch.stack(list(self.sums.values()))).tolist()
         means = {name: total / (count or 1) for name, (total, count) in zip(self.sums, table) if count or name == "loss"}
         return means | {name: means[a] - means[b] for name, (a, b) in losses.DERIVED.items() if a in means and b in means}
 
 
 def add_step(running: dict, meter: "Meter", machine: Machine):
-    """A step's sums into the running ones; not if they are not finite, they would spoil all later steps."""
+    """Add a step's metric sums to the running sums, unless they are not finite, which would spoil all later steps."""
     for name in running:
         metric = losses.RUNNING[name]
         if metric not in meter.sums:
@@ -383,8 +383,8 @@ def add_step(running: dict, meter: "Meter", machine: Machine):
 
 
 def learning_rate(cfg, peak: float, step: int, steps: int) -> float:
-    """That of a step counted from 0: linear warmup over warmup_steps, then the schedule, which would reach min_lr at the
-    step after the last."""
+    """The learning rate of a step, counted from 0: linear warmup over warmup_steps, then the schedule; linear and cosine would
+    reach min_lr at the step after the last."""
     if step < cfg.warmup_steps:
         return peak * (step + 1) / cfg.warmup_steps
     part = (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)
@@ -393,7 +393,7 @@ def learning_rate(cfg, peak: float, step: int, steps: int) -> float:
 
 
 def evaluate(run: Run, sources: list[Callable], rewards: Callable | None, out: Path) -> dict[str, float]:
-    """The eval rows through the training path without gradient, every rank its share, each row once; and answers to prompts."""
+    """Run the eval rows, each once, split over ranks, through the training path without gradient; and `judge` the eval prompts."""
     metrics, machine = {}, run.machine
     if "eval" in run.datasets:
         dataset, meter = run.datasets["eval"], Meter()
@@ -412,7 +412,7 @@ def evaluate(run: Run, sources: list[Callable], rewards: Callable | None, out: P
                         values = losses.read(losses.READINGS[name], {**batch, **streams})
                         scores[batch["pair_index"], column] = values.to(scores)
         metrics |= meter.read(machine)
-        scores = machine.sum(scores)  # of every pair, in the rows' order
+        scores = machine.sum(scores)  # of all pairs, in row order: ranks filled disjoint rows
         if predicted:
             run.decoder.config |= dict(zip(model.REWARD, (scores.mean().item(), scores.std(correction=0).item())))
         if predicted and machine.rank == 0:
@@ -432,7 +432,7 @@ def judge(run: Run, rewards: Callable | None) -> dict[str, float]:
             answers.extend(rollout.answers_to([e.prompt.tolist() for e in mine], run.decoder, run.tokenizer, cfg,
                                               show="answers" if machine.rank == 0 else ""))
         return []
-    reward.together(machine, ask, "error")  # a model that has diverged has none
+    reward.together(machine, ask, "error")  # if the model has diverged, every rank raises
     (trees, texts), judges = rollout.answered(run.tokenizer, mine, answers), {}
     if cfg.check:
         judges["exact_match"] = reward.by_function(cfg.check, what="check", mend=""), "error"
@@ -446,7 +446,7 @@ def judge(run: Run, rewards: Callable | None) -> dict[str, float]:
 
 
 def samples(run: Run) -> list[tuple[str, str]]:
-    """A few prompts and greedy answers to them, on rank 0; none of a model that does not answer."""
+    """A few (prompt, greedy answer) texts, on rank 0; none on other ranks, or if the model is no language model."""
     if run.machine.rank or not run.answers():
         return []
     prompts = [e.prompt.tolist() for e in run.questions().examples[:run.cfg.samples]]
@@ -473,8 +473,8 @@ def use_of(run: Run) -> str:
 
 
 def padding(tokenizer: data.Tokenizer, datasets) -> tuple[int, str]:
-    """(id, token) that a reward model may be padded with: one that no response ends in, a special one if there is any (else the
-    token is "": its id is for config.json alone)."""
+    """The padding (id, token) of a reward model: a token that no response ends in, a special one if possible (else token is ""
+    and only the id is used, in config.json)."""
     ends = {int(ids[-1]) for dataset in datasets for e in dataset.examples for ids in e.responses} | {tokenizer.eos}
     for i in sorted(range(tokenizer.fast.get_vocab_size()), key=lambda i: (i not in tokenizer.special, i == tokenizer.bos, i)):
         if i not in ends and tokenizer.fast.id_to_token(i) is not None:
