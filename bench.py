@@ -51,7 +51,7 @@ def sync(device: str):
 
 
 def resident(key: str) -> float:
-    """MB of this process, of Linux's /proc: VmRSS now, VmHWM at its highest."""
+    """Resident memory of this process in MB, from Linux's /proc: VmRSS is the current value, VmHWM the peak."""
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
@@ -67,7 +67,7 @@ def peak(function: Callable, device: str) -> float:
     with contextlib.suppress(OSError):
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the highest so far is now
+            file.write("5")  # resets the peak to the current value
         before = resident("VmRSS")
         function()
         return max(0.0, resident("VmHWM") - before)
@@ -113,8 +113,8 @@ DIFFERENTIABLE = {"policy_chosen_logps", "policy_rejected_logps", "log_probs", "
 
 
 def reading(name: str, rows: int, longest: int, generator, scale: float = 1.0) -> torch.Tensor:
-    """A random tensor for a parameter of a loss, float64 on the host: log-ratios are of the order of scale (tokens) or ten
-    times that (responses). longest: also the vocabulary of logits."""
+    """A random tensor for a parameter of a loss, float64 on the host: log-ratios are of the order of scale (per token) or ten
+    times that (per response). longest: width of a row; for logits, the vocabulary size."""
     normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
     if name.endswith("_lengths"):
         return torch.randint(5, 50, (rows,), generator=generator)
@@ -143,7 +143,7 @@ def reading(name: str, rows: int, longest: int, generator, scale: float = 1.0) -
 
 
 def stepping(loss: Callable, given: dict) -> Callable:
-    """One forward and backward of the loss's sum."""
+    """A function that runs one forward and backward of the loss's sum."""
     leaves = [x for x in given.values() if x.requires_grad]
 
     def step():
@@ -154,7 +154,7 @@ def stepping(loss: Callable, given: dict) -> Callable:
 
 
 def liger_losses() -> dict[str, Callable]:
-    """Liger's loss functions, which its chunked heads call, with the parameters of ours."""
+    """The loss functions inside Liger's chunked heads, wrapped to take the same parameters as ours."""
     if not (liger := optional("liger_kernel.chunked_loss")):
         return {}
     part = lambda name: importlib.import_module(f"liger_kernel.chunked_loss.{name}")
@@ -206,7 +206,7 @@ def bench_losses(o):
 
 
 def heads(device: str) -> dict[str, Callable]:
-    """name -> (hidden, weight, target) -> log-probs (N,); of those with a loss, its value for sequences of 128 tokens."""
+    """name -> function (hidden, weight, target) -> log-probs (N,); for heads with a loss, its value (SimPO: sequences of 128)."""
     naive = lambda h, w, t: (h @ w.t()).float().log_softmax(-1).gather(1, t[:, None])[:, 0]
     made = {"naive": naive, "naive, compiled": torch.compile(naive),
             "fused (ours)": lambda h, w, t: losses.linear_log_probs(h, w, t)[0],
@@ -271,7 +271,7 @@ def bench_head(o):
             try:
                 grad = step(name, head)[0].float()
                 kind = next((loss for loss in ("simpo", "lm of", "kd of") if loss in name.lower()), "")
-                true = exact.setdefault(kind, grad)  # of those with a loss: the first's
+                true = exact.setdefault(kind, grad)  # for heads with a loss: that of the loss's first head
                 error[name] = ((grad - true).norm() / true.norm()).item()
                 functions[name] = functools.partial(step, name, head)
             except Exception as problem:  # a peer that does not run here: say so and go on
@@ -307,7 +307,7 @@ def bench_generate(o):
             stop = set(range(5, vocab, 20)) if new > 64 else set()
             draws, longest, made = n > 1 or bool(stop), max(map(len, prompts)), {}
             drawn = dict(sampling=rollout.Sampling(), keys=[(0, i) for i in range(count)], n=n) if draws else {}
-            like = dict(temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=n) if draws else {}  # the same, and when it ends
+            like = dict(temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=n) if draws else {}  # the same, for transformers
             like |= dict(eos_token_id=sorted(stop)) if stop else dict(min_new_tokens=new)
 
             def ours(compiled):
@@ -345,7 +345,7 @@ LENGTHS = {"HH-like": (118, 43), "UltraFeedback-like": (180, 300), "TL;DR-like":
 
 
 def pairs_of(kind: str, count: int, vocab: int) -> data.Dataset:
-    """Random ids of log-normal lengths."""
+    """Preference pairs of random ids, with log-normal lengths."""
     rng, (prompt, response) = np.random.default_rng(0), LENGTHS[kind]
     draw = lambda mean: rng.integers(3, vocab, max(4, int(mean * rng.lognormal(-0.18, 0.6)))).astype(np.int32)
     return data.as_dataset([data.Example(draw(prompt), responses := [draw(response), draw(response)],
@@ -354,7 +354,7 @@ def pairs_of(kind: str, count: int, vocab: int) -> data.Dataset:
 
 
 def real_pairs(files: str, folder, count: int) -> data.Dataset:
-    """Preference rows as a run reads them, cut at 512 tokens: every so many of them."""
+    """Preference rows as a run reads them, cut at 512 tokens: `count` of them, evenly spaced."""
     cfg = config.Config(train_data=files, max_length=512)
     dataset = data.load(files, "preference", data.Tokenizer(folder), cfg, False)
     every = range(0, len(dataset), max(1, len(dataset) // count))
@@ -362,7 +362,7 @@ def real_pairs(files: str, folder, count: int) -> data.Dataset:
 
 
 def padding(dataset, tokens: int, size: int, steps: int = 8) -> float:
-    """Share of padding in the streams of compiled steps of so many rows."""
+    """The fraction of padding in the streams of the first compiled steps, of `size` rows each."""
     layout, real, whole = data.Layout(tokens, False, True, "cpu"), 0, 0
     for step in range(steps):
         batches, counts = data.micro_batches(dataset, data.step_rows(dataset, step, size, 0), layout)
@@ -406,7 +406,7 @@ def packed_logps(decoder, dataset, head: str) -> torch.Tensor:
 
 def needed(decoder, examples: list) -> float:
     """FLOPs that forward and backward cannot do without: the blocks' matrices on every token, prompts counted once, the head on
-    scored tokens, attention between tokens that see each other. Nothing that is made again, no padding, no reference."""
+    scored tokens, attention between tokens that see each other. No recomputation, no padding, no reference."""
     spans = [(n, seen) for e in examples for n, seen in [(len(e.prompt), 0), *((len(r), len(e.prompt)) for r in e.responses)]]
     matrices = sum(p.numel() for p in decoder.model.layers.parameters() if p.dim() > 1)
     seen = sum(n * before + n * (n + 1) / 2 for n, before in spans)
@@ -423,7 +423,7 @@ def matmul_speed(dtype: torch.dtype, device: str) -> float:
 
 
 def bench_dpo(o):
-    """The ladder: what each of our ways adds to the usual step, forward, backward and AdamW."""
+    """The ladder: the usual step (forward, backward and AdamW), then with each of our techniques added in turn."""
     count = o.pairs or 8
     speed = o.peak * 1e12 or matmul_speed(getattr(torch, o.dtype), o.device)
     print(f"A DPO step of {count} pairs, {o.model}, {o.dtype}, {where(o.device)}; loss and gradient: against the padded step's; "
@@ -573,7 +573,7 @@ def in_trl(name: str, folder: str, pairs: list, batch: int, device: str, options
 def in_ours(name: str, folder: str, pairs: list, batch: int, device: str, options: str) -> Cost:
     work = WORK[name]
     spent, out = {"reference": 0.0}, Path(tempfile.mkdtemp())
-    if "reward" not in work.here:  # a rollout's seconds are of its steps
+    if "reward" not in work.here:  # with rollouts, this pass counts as part of the steps
         reference.sweep = timed(reference.sweep, spent, device)
     rows = [row for pair in pairs for row in work.ours(*pair)]
     (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -590,14 +590,14 @@ def metrics_of(run: Path) -> list[dict]:
 
 
 def settled(steps: list[float], device: str) -> float:
-    """Seconds of all steps; on CUDA, where the first ones compile and tune, of the second half of them, for all."""
+    """Seconds of all steps; on CUDA, where the first ones compile and tune, extrapolated from the second half."""
     counted = steps[len(steps) // 2:] if device == "cuda" else steps
     return sum(counted) * len(steps) / len(counted)
 
 
 def timed(function: Callable, spent: dict, device: str) -> Callable:
-    """The same function, whose seconds are added to spent["reference"], and the memory up to its end noted: a run's steps count
-    theirs from zero."""
+    """Wrap a function: its seconds are added to spent["reference"], and the peak memory up to its end goes to spent["memory"],
+    since a run resets the peak before its steps."""
     def clocked(*given, **named):
         begin = time.perf_counter()
         made = function(*given, **named)
@@ -613,7 +613,7 @@ def highest(device: str) -> float:
 
 
 def alone(function: Callable, *given) -> Cost:
-    """The function's result from a new process, whose output and files go nowhere."""
+    """The function's result from a new process, whose output is discarded and whose temporary files are deleted."""
     with tempfile.TemporaryDirectory() as folder:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), silent, (folder,)) as pool:
             return pool.submit(function, *given).result()
@@ -665,7 +665,7 @@ SCALED = {"length": (256, 512, 1024, 2048, 4096), "pairs": (2, 4, 8, 16, 32),
 
 
 def step_of(length: int, pairs: int, vocabulary: int, layers: int, device: str, dtype: str) -> Callable:
-    """Forward and backward of a DPO step with a new Llama of width 256; half of the tokens are prompts."""
+    """A function: forward and backward of a DPO step, new Llama of width 256; prompt and response have length / 2 tokens each."""
     shape = dict(model_type="llama", vocab_size=vocabulary, hidden_size=256, intermediate_size=768, num_hidden_layers=layers,
                  num_attention_heads=4, max_position_embeddings=length)
     decoder = model.scratch(shape, 0).to(device)
@@ -687,7 +687,7 @@ def step_of(length: int, pairs: int, vocabulary: int, layers: int, device: str, 
 
 
 def bench_scaling(o):
-    """One of length, pairs, vocabulary and layers at a time."""
+    """Seconds and memory as length, pairs, vocabulary and layers grow, one at a time."""
     print(f"A DPO step, forward and backward, width 256, {where(o.device)}; of {USUAL} one grows; exponents: the fit to all "
           f"values, and of the last doubling.\n")
     print("| what grows | values | seconds | exponent | last | peak, MB | exponent |\n|---|---|---|---|---|---|---|")
@@ -727,7 +727,7 @@ def bench_ranks(o):
 
 
 class RoundedAdamW(torch.optim.AdamW):
-    """AdamW whose weights and moments are bf16 and rounded stochastically: up or down, as likely as they are near."""
+    """AdamW with bf16 weights and moments and stochastic rounding: up or down, each as likely as it is near."""
 
     @torch.no_grad()
     def step(self):

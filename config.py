@@ -32,7 +32,7 @@ class Config:
     objective: str | dict = "sft"  # a loss, or {loss: weight}; the losses and their hyperparameters are listed below
     init_from: str = ""  # model folder, hub name, config file (its stage is run first if missing) or "scratch"
     out_dir: str = "out/run"  # metrics.jsonl, model/ and checkpoint-<step>/ go here; must be empty, or --resume
-    nll_coef: float = 0.0  # adds this much NLL of the responses to imitate (of a pair: the chosen one)
+    nll_coef: float = 0.0  # weight of an added NLL loss on the responses to imitate (in a pair: the chosen one)
     reference_free: bool = False  # preference losses: the reference's log-probs are 0
     ld_alpha: float = 1.0  # preference losses: weight of tokens past the shorter response's length (LD-DPO)
     f_divergence: str | float = 1.0  # preference losses: forward_kl, js, or alpha of an alpha-divergence; 1: reverse KL
@@ -42,87 +42,87 @@ class Config:
 
     # Data
     train_data: str | list = ""  # files or globs: .jsonl, .json, .gz of either
-    eval_data: str | list = ""  # rows of the same kind; empty: no eval lines
+    eval_data: str | list = ""  # rows of the same kind as train_data, held out for eval; empty: none
     eval_prompts: str | list = ""  # {prompt, ...} rows that eval answers greedily, for check and reward
     check: Callable = None  # (prompt (text or messages), completion, row) -> is it right; eval reports the mean as exact_match
     max_new_tokens: int = 256  # longest answer that eval and rollouts generate
-    max_length: int = 1024  # tokens of a prompt with its longest response
-    max_prompt_length: int = 0  # tokens of a prompt; 0: what its longest response leaves, at least half of max_length
+    max_length: int = 1024  # most tokens of a prompt plus its longest response
+    max_prompt_length: int = 0  # most tokens of a prompt; 0: what its longest response leaves of max_length, at least half
     truncation: str = "cut"  # of rows that do not fit: cut (prompt's left, response's right), drop, error
-    tokenize: str = "joint"  # joint: prompt + response together, as text is generated; apart: each by itself
-    train_on: str = ""  # assistant turns that are trained: all, last; default: all for sft, last for pairs
+    tokenize: str = "joint"  # joint: encode prompt + response as one text; apart: encode each by itself
+    train_on: str = ""  # assistant turns that are trained: all, last; default: all for sft, last for pairs and kto
     chat_template: str = ""  # a jinja file, or "chatml"; default: the tokenizer's own
-    step_token: str = "\n"  # one token that is put behind each step of a process reward row: its score is read there
+    step_token: str = "\n"  # a single token, appended to each step of a process reward row; the step's score is read there
     reward_tokens: tuple = ()  # (bad, good): tokens whose logits judge a step; default: a head of two labels
     bad_rows: str = "error"  # a malformed row: error (stop), skip (and count)
 
     # Steps
     batch_size: int = 64  # examples per optimizer step, over all ranks
-    micro_batch_tokens: int = 0  # tokens of a packed stream: memory only, the gradient stays; 0: from the data
+    micro_batch_tokens: int = 0  # tokens of a packed micro-batch: changes memory, not the gradient; 0: chosen from the data
     epochs: float = 1.0  # passes over train_data
     max_steps: int = 0  # optimizer steps; 0: as epochs say
     lr: float = 1e-6  # peak learning rate
-    min_lr: float = 0.0  # where linear and cosine end
+    min_lr: float = 0.0  # learning rate at the end of linear and cosine
     schedule: str = "cosine"  # constant, linear, cosine
-    warmup_steps: int = 0  # linear from 0 to lr
-    optimizer: str = "adamw"  # adamw; muon: on the matrices of blocks, adamw on the rest, with one lr
+    warmup_steps: int = 0  # steps of linear warmup from 0 to lr
+    optimizer: str = "adamw"  # adamw; or muon: for the matrices of the blocks, with adamw for the rest, at the same lr
     weight_decay: float = 0.0  # on matrices and embeddings only
     betas: tuple = (0.9, 0.999)  # AdamW
-    grad_clip: float = 1.0  # norm of the whole gradient; 0: no clipping
-    max_skipped_steps: int = 10  # steps are skipped whose loss or gradient is not finite; so many in a row at a log line: stop
-    seed: int = 0  # order of rows, new weights
+    grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
+    max_skipped_steps: int = 10  # a non-finite loss or gradient skips the step; stop at this many in a row (seen at log lines)
+    seed: int = 0  # seeds the order of rows, new weights, and random draws such as rollouts
     reference: str = ""  # model folder, hub name or config file of the frozen reference; default: init_from's
     teacher: str = ""  # distillation: model folder, hub name or config file whose model is imitated
-    teacher_top_k: int = 0  # keep its k highest logits of each token on disk, computed once; 0: run it in every step
+    teacher_top_k: int = 0  # keep the teacher's k highest logits per token on disk, computed once; 0: run it in every step
     reference_live: bool = False  # run the reference in every step instead of once per row, cached on disk
-    cache_dir: str = "~/.cache/nanoalign"  # reference log-probs, and tokenized rows while a run lasts
+    cache_dir: str = "~/.cache/nanoalign"  # folder for reference log-probs, teacher logits and, during a run, tokenized rows
 
     # Rollouts, for losses on prompts
-    reward: Callable | str | dict = None  # (prompt (text or messages), completion, row) -> number; a model; {either: weight}
-    reward_workers: int = 0  # processes that call the function; 0: it is called in the run's own
+    reward: Callable | str | dict = None  # (prompt (text or messages), completion, row) -> number; reward model; {either: weight}
+    reward_workers: int = 0  # processes that call the reward function; 0: the run's own process calls it
     reward_timeout: float = 60.0  # seconds that a worker may take for an answer
     bad_rewards: str = "error"  # a reward that raises, hangs or is no number: error (save and stop), skip (the prompt, and count)
-    rollout_prompts: int = 0  # prompts that are answered at a time, over all ranks; 0: batch_size
-    rollout_epochs: int = 1  # passes over these answers, before the next ones are made
-    rollout_batch: int = 256  # answers that are generated side by side: memory only
+    rollout_prompts: int = 0  # prompts that are answered per rollout, over all ranks; 0: batch_size
+    rollout_epochs: int = 1  # passes over a rollout's answers before the next rollout
+    rollout_batch: int = 256  # answers that each rank generates in parallel: memory and speed only
     samples_per_prompt: int = 1  # answers to each prompt
-    temperature: float = 1.0  # of the softmax that answers are drawn from, and losses are of; in distillation: of both models
+    temperature: float = 1.0  # of the softmax for sampling answers and for the losses; in distillation: of both models
     top_k: int = 0  # draw from the k most likely tokens; 0: from all
-    top_p: float = 1.0  # draw from the most likely tokens that have this probability together
+    top_p: float = 1.0  # sample from the fewest most likely tokens whose total probability reaches this
     min_p: float = 0.0  # draw from tokens with at least this share of the most likely one's probability
     stop: tuple = ()  # strings that end an answer, besides the model's own end tokens
     advantages: str = "group_norm"  # gae, reinforce, reinforce_baseline, rloo, group_norm (GRPO's), group_center (Dr. GRPO's)
-    gamma: float = 1.0  # discount of a reward a token later
-    lam: float = 0.95  # gae: 1 trusts rewards alone, 0 the critic
-    reward_clip: float = 10.0  # rewards stay within plus and minus this; 0: any
-    missing_eos_penalty: float = 0.0  # taken from the reward of an answer that ran out of room
-    overlong_buffer: int = 0  # the last so many of max_new_tokens cost up to overlong_penalty, in proportion
-    overlong_penalty: float = 1.0  # what an answer of max_new_tokens loses
+    gamma: float = 1.0  # discount of rewards per token
+    lam: float = 0.95  # GAE's lambda: 1 relies on rewards alone, 0 on the critic
+    reward_clip: float = 10.0  # rewards are clipped to plus or minus this; 0: no clipping
+    missing_eos_penalty: float = 0.0  # subtracted from the reward of an answer that ran out of tokens before it ended
+    overlong_buffer: int = 0  # over this many last tokens of max_new_tokens, a penalty grows linearly to overlong_penalty
+    overlong_penalty: float = 1.0  # subtracted from the reward of an answer of max_new_tokens
     filter_groups: bool = False  # leave out prompts whose answers all have the same reward
-    filter_rounds: int = 0  # draw up to so many times more prompts, to fill up what was left out
-    kl_coef: float = 0.0  # reward lost per nat of a token's log-ratio to the reference
-    kl_target: float = 0.0  # adapt kl_coef towards a KL of so many nats a token; 0: keep it
+    filter_rounds: int = 0  # up to this many further draws of rollout_prompts, to replace those that were left out
+    kl_coef: float = 0.0  # penalty in the reward per nat of a token's log-ratio to the reference
+    kl_target: float = 0.0  # adapt kl_coef towards a KL of this many nats per token; 0: keep kl_coef fixed
     kl_horizon: float = 10000.0  # answers over which kl_coef adapts
     critic: str = ""  # folder or config of a reward model that a separate critic starts from; default: a head on the policy
     critic_lr: float = 0.0  # peak learning rate of the critic's own weights; 0: lr
-    critic_warmup: int = 0  # steps in which the critic alone learns
+    critic_warmup: int = 0  # first steps, in which only the critic is trained
 
     # Machine
     device: str = "auto"  # cpu, cuda; auto: cuda if there is one
     dtype: str = "auto"  # float32, bfloat16, float16, float64 of compute (weights stay fp32); auto: bfloat16 on cuda
     compile: bool | str = "auto"  # torch.compile; auto: on cuda
     activation_checkpointing: bool = False  # recompute each block in backward: less memory, a third more time
-    head_memory: float = 0.0  # GB for the head's softmax, kept for backward and not made again; 0: of its last chunk alone
+    head_memory: float = 0.0  # GB of the head's softmax to keep for backward instead of recomputing it; 0: its last chunk only
 
     # Logs and checkpoints
     log_every: int = 1  # steps between lines of metrics.jsonl
     eval_every: int = 0  # steps between evals; 0: before the first step and after the last only
     save_every: int = 0  # steps between checkpoints; 0: none
-    keep_checkpoints: int = 2  # newest ones kept
+    keep_checkpoints: int = 2  # how many of the newest checkpoints are kept
     resume: bool = False  # go on from out_dir's newest checkpoint
-    save_dtype: str = ""  # dtype of model/; default: the loaded folder's
-    samples: int = 3  # prompts whose answers, as they were and as they are, are shown at the end
-    track: str = ""  # wandb, tensorboard: where every line of metrics.jsonl goes too, if it is installed
+    save_dtype: str = ""  # dtype of the saved model/; default: that of the folder it started from
+    samples: int = 3  # prompts whose answers before and after training are shown at the end
+    track: str = ""  # wandb, tensorboard: also send every line of metrics.jsonl there; it has to be installed
 
 
 CHOICES = {"bad_rewards": ("error", "skip"),
@@ -139,7 +139,7 @@ AT_MOST = dict.fromkeys(("top_p", "min_p", "lam"), 1)
 PATHS = ("init_from", "out_dir", "tokenizer", "reference", "teacher", "critic", "reward", "chat_template", "train_data",
          "eval_data", "eval_prompts")  # a shell leaves the ~ of --key=~/folder to us
 ITEMS = {"betas": float} | dict.fromkeys(("stop", "reward_tokens", "train_data", "eval_data", "eval_prompts"), str)
-TWO = ("betas", "reward_tokens")  # values, or none of the latter
+TWO = ("betas", "reward_tokens")  # keys with exactly two values; reward_tokens may also be empty
 ELSEWHERE = {  # what other trainers call a key -> ours
     "learning_rate": "lr", "num_train_epochs": "epochs", "num_epochs": "epochs", "per_device_train_batch_size": "batch_size",
     "train_batch_size": "batch_size", "gradient_accumulation_steps": "micro_batch_tokens", "model": "init_from",
@@ -202,7 +202,7 @@ def read_file(path: str) -> dict:
 
 
 def read_command_line(arguments: list[str]) -> tuple[str | None, dict]:
-    """--config FILE, and --key=value, --key value or --flag, read as Python literals where they are one."""
+    """(config file, {key: value}) of --config FILE and --key=value, --key value or --flag; values are Python literals or text."""
     path, values, i = None, {}, 0
     while i < len(arguments):
         word = arguments[i]
@@ -228,8 +228,8 @@ def read_command_line(arguments: list[str]) -> tuple[str | None, dict]:
 
 
 def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
-    """Layers of (where, values), later ones winning -> every key with its value; `weights` and `bound` hyperparameters
-    of each loss."""
+    """Merge layers of (where, values), later ones winning -> every key with its value, `weights` (loss -> weight) and `bound`
+    (loss -> its hyperparameters)."""
     values, source = {f.name: f.default for f in fields(Config)}, {}
     for where, layer in layers:
         for key in {f"{name}_{key}" for name in OBJECTIVES for key in layer} & source.keys():  # a later beta wins over dpo_beta
@@ -252,7 +252,7 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
         if "sft" in weights:
             raise ValueError(f"{source['nll_coef']}: nll_coef adds the sft loss, which the objective already has")
         weights["sft"] = checked("nll_coef", values["nll_coef"], float, source["nll_coef"])
-    hyperparameters = {}  # key -> (loss, hyperparameter) of those it sets: `beta` those of all losses, `simpo_beta` simpo's alone
+    hyperparameters = {}  # key -> the (loss, hyperparameter) pairs it sets: `beta` in all losses, `simpo_beta` in simpo only
     for name in weights:
         for hyperparameter in OBJECTIVES[name].hyperparameters:
             for key in (hyperparameter, f"{name}_{hyperparameter}"):
@@ -288,7 +288,7 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
 
 
 def home(value):
-    """Of a path, or of those in a list or in a dict's keys: with the home folder that a ~ stands for. A function stays."""
+    """Expand a leading ~ in a path, in each path of a list or in the keys of a dict. A function is returned as it is."""
     if isinstance(value, list):
         return [*map(home, value)]
     if isinstance(value, dict):
@@ -308,7 +308,7 @@ def load(arguments: list[str], *below: tuple[str, dict]) -> types.SimpleNamespac
 
 
 def load_stage(path: str, parent: types.SimpleNamespace) -> types.SimpleNamespace:
-    """Another config file as a stage of a run: it inherits the run's seed and machine."""
+    """Another config file as a stage of a run: it inherits the run's seed, machine and cache_dir."""
     inherited = {key: getattr(parent, key) for key in ("seed", "device", "dtype", "compile", "cache_dir")}
     return resolve([(path, read_file(path)), ("inherited", inherited)])
 
@@ -343,7 +343,7 @@ def has(cfg: types.SimpleNamespace, hyperparameter: str) -> bool:
     return any(hyperparameter in given for given in cfg.bound.values())
 
 
-NEEDS = {  # key -> (config, streams that losses read) -> is it read; and what that takes
+NEEDS = {  # key -> (whether the key is used, given the config and the streams that losses read; what it needs to be used)
     **dict.fromkeys(("reward", "bad_rewards", "rollout_prompts", "rollout_epochs", "samples_per_prompt", "advantages",
                      "reward_clip", "missing_eos_penalty", "overlong_buffer", "filter_groups", "kl_coef", "top_k", "top_p",
                      "min_p"), (rolls, "a loss on prompts")),
@@ -368,10 +368,10 @@ NEEDS = {  # key -> (config, streams that losses read) -> is it read; and what t
 
 
 def check_complete(cfg: types.SimpleNamespace, read: set[str], language: bool):
-    """An error for what a run lacks, or what does not go together: now, and not behind the stages before it. read: streams that its
-    losses read; language: they train a language model."""
+    """Raise for what a run lacks or what does not go together: now, and not after its earlier stages have run. read: streams that
+    its losses read; language: whether they train a language model."""
     losses, estimator = "+".join(cfg.weights), ADVANTAGES[cfg.advantages]
-    critics = ", ".join(name for name, other in ADVANTAGES.items() if not other.critic)
+    others = ", ".join(name for name, other in ADVANTAGES.items() if not other.critic)
     always = (
         (cfg.init_from == "scratch" and not cfg.tokenizer, "init_from = 'scratch' needs tokenizer, a folder with tokenizer.json"),
         (not cfg.train_data, "train_data is empty; name the files to train on"),
@@ -381,12 +381,13 @@ def check_complete(cfg: types.SimpleNamespace, read: set[str], language: bool):
          f"eval_prompts are answered by a language model, and {losses} trains one without its head"),
         ("teacher_logits" in read and not cfg.teacher, "distillation needs teacher, a model folder or a config file"),
         (cfg.teacher_top_k and any(given.get("jsd_beta") == 1 for given in cfg.bound.values()),
-         "teacher_top_k with jsd_beta = 1: the reverse KL asks for the teacher's probability of every token that the student takes, "
-         "and only its highest are kept; leave out one of the two"))
+         "teacher_top_k with jsd_beta = 1: the reverse KL asks for the teacher's probability of every token that the student "
+         "takes, and only its highest are kept; leave out one of the two"))
     rollouts = (
         (cfg.eval_data and cfg.eval_prompts, "eval_data and eval_prompts are both prompts to answer here; name one of them"),
         (not cfg.reward,
-         "rollouts need reward: a function (prompt, completion, row) -> number in the config file, or the folder of a reward model"),
+         "rollouts need reward: a function (prompt, completion, row) -> number in the config file, or the folder of a reward "
+         "model"),
         (not all((callable(what) or isinstance(what, str) and what) and type(weight) in (int, float)
                  for what, weight in rewards(cfg).items()),
          f"reward = {cfg.reward!r}; expected a function, the folder or config of a reward model, or {{either: weight}}"),
@@ -396,7 +397,8 @@ def check_complete(cfg: types.SimpleNamespace, read: set[str], language: bool):
         (cfg.rollout_prompts % cfg.batch_size,
          f"rollout_prompts = {cfg.rollout_prompts} are no whole number of steps of batch_size = {cfg.batch_size}"),
         (estimator.critic and "values" not in read,
-         f"advantages = {cfg.advantages!r} needs a critic: objective = {{..., 'value': 0.5}}; or name other advantages: {critics}"),
+         f"advantages = {cfg.advantages!r} needs a critic: objective = {{..., 'value': 0.5}}; or name other advantages: "
+         f"{others}"),
         (estimator.group and cfg.samples_per_prompt < 2,
          f"advantages = {cfg.advantages!r} compare the answers to one prompt; set samples_per_prompt above 1"))
     for wrong, said in always + rollouts * rolls(cfg):
@@ -430,7 +432,7 @@ def stages(cfg: types.SimpleNamespace) -> dict[str, str]:
 
 
 def check_folders(cfg: types.SimpleNamespace):
-    """An error where two of a run and the stages before it would write to one folder, or one into another's."""
+    """Raise if any two of a run and its stages would write to the same folder, or one inside the other's."""
     taken = {}
     for name, folder in {"this run": cfg.out_dir, **stages(cfg)}.items():  # a stage that is named twice is one
         path = Path(os.path.realpath(folder))
@@ -445,9 +447,9 @@ def rewards(cfg: types.SimpleNamespace) -> dict:
 
 
 def code(function: Callable) -> str:
-    """Its name, and a hash of its text and of all that it holds: defaults, a closure's variables, what a partial was given, an
-    object's attributes and the text of its methods. One that was edited is another; the same in every process."""
-    known = {}  # id -> object, hash: each is read once, and kept, lest another gets its id
+    """A function's name, and a hash of its source and of all that it holds: defaults, closure variables, a partial's arguments, an
+    object's attributes and the source of its methods. An edit changes it; it is the same in every process."""
+    known = {}  # id -> object, hash: each is hashed once, and kept alive so that its id is not reused
 
     def text(code: types.CodeType) -> str:
         try:
@@ -503,12 +505,12 @@ def machine(cfg: types.SimpleNamespace) -> tuple[str, str]:
 
 
 def settings(cfg: types.SimpleNamespace, above: tuple = ()) -> dict:
-    """What decides a run's result, the stages before it included: not where it is computed and written, nor how it is
-    evaluated, logged and saved. above: config files of the stages that this one is before."""
+    """The settings that determine a run's result, with those of its stages: not where it is computed and written, nor how it
+    is evaluated, logged and saved. above: config files of the runs that this one is a stage of, to detect cycles."""
     apart = {"device", "compile", "out_dir", "resume", "log_every", "save_every", "keep_checkpoints", "cache_dir", "samples",
              "track", "activation_checkpointing", "head_memory", "max_skipped_steps", "eval_data", "eval_prompts", "eval_every",
              "check", "max_new_tokens"}
-    apart |= {"objective", "nll_coef"}  # in weights and bound, and so is
+    apart |= {"objective", "nll_coef"}  # kept as `weights` and `bound`, as are the hyperparameters
     apart |= {key for name, given in cfg.bound.items() for k in given for key in (k, f"{name}_{k}")}
     apart -= {"max_new_tokens"} if rolls(cfg) else set()
     kept = {key: value for key, value in as_json(cfg).items() if key not in apart} | {"dtype": machine(cfg)[1]}

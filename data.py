@@ -65,11 +65,11 @@ def read_rows(paths: str | list[str], show: bool = False) -> Iterator[tuple[str,
                 raise ValueError(f"{file}: {error}") from None
 
 
-BLANK = b" \t\r\n\xef\xbb\xbf"  # with the mark that some editors put first
+BLANK = b" \t\r\n\xef\xbb\xbf"  # whitespace, and the byte order mark that some editors put first
 
 
 def rows_of(file: str, bar) -> Iterator[tuple[str, object]]:
-    """Rows of a JSON array, or undecoded lines of JSONL, so that a bad one is a bad row and not a bad file. bar: of bytes."""
+    """Rows of a JSON array, or undecoded JSONL lines, so that a malformed line is a bad row, not a bad file. bar: counts bytes."""
     before = bar.n
     with open(file, "rb") as raw, gzip.open(raw) if file.endswith(".gz") else contextlib.nullcontext(raw) as lines:
         if file.removesuffix(".gz").endswith(".json"):
@@ -89,13 +89,13 @@ def rows_of(file: str, bar) -> Iterator[tuple[str, object]]:
 
 
 class Draft(NamedTuple):
-    """A row in one vocabulary. Text, or lists of {role, content} messages for the chat template."""
+    """A row in the common form of all formats: text, or lists of {role, content} messages for the chat template."""
     prompt: str | list
     responses: list
-    demonstrated: list  # of each response: is it to be imitated
-    chosen: list = []  # indices of the responses that are preferred, each to the one at its place in rejected; of rows with a
-    rejected: list = []  # label: those that are desirable, and those that are not
-    margin: list = []  # of each pair
+    demonstrated: list  # for each response: whether it is to be imitated
+    chosen: list = []  # indices of responses: pair i prefers chosen[i] to rejected[i]; in rows with a label, chosen has the
+    rejected: list = []  # desirable responses, and rejected the undesirable ones
+    margin: list = []  # one per pair
 
 
 def text_field(row: dict, key: str) -> str:
@@ -108,13 +108,13 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
          "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "function_call": "assistant", "observation": "tool"}
 
 
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of what an assistant thinks first
-CALLS = ("tool_calls", "function_call")  # of the functions that it calls, and of one
-FLAGS = ("train", "loss", "weight")  # false or 0: a turn that is read and not trained
+REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of an assistant's reasoning before its content
+CALLS = ("tool_calls", "function_call")  # keys of its function calls: a list, or a single one
+FLAGS = ("train", "loss", "weight")  # keys that exclude a turn from training if false or 0; it stays as context
 
 
 def from_json(value, key: str):
-    """What JSON text stands for; anything else is itself."""
+    """JSON text is decoded; any other value is returned as it is."""
     try:
         return json.loads(value) if isinstance(value, str) and value else value
     except ValueError as error:
@@ -122,7 +122,7 @@ def from_json(value, key: str):
 
 
 def objects(value, key: str) -> list[dict]:
-    """A list of objects, or one, each of them or all as JSON text."""
+    """A list of objects; a single object is accepted too, and each object or the whole value may be JSON text."""
     value = from_json(value, key)
     found = [from_json(item, key) for item in (value if isinstance(value, list) else [value])]
     if not all(isinstance(item, dict) for item in found):
@@ -131,8 +131,8 @@ def objects(value, key: str) -> list[dict]:
 
 
 def called(m: dict, key: str) -> list[dict]:
-    """{type, function: {name, arguments}} of each function that a message calls. Chat templates want arguments as an object;
-    OpenAI's are JSON text, and ShareGPT's calls as a whole."""
+    """A message's function calls, each as {type, function: {name, arguments}}. Chat templates expect arguments as an object;
+    OpenAI has them as JSON text, and ShareGPT has the whole call as JSON text."""
     calls = []
     for call in objects(m[key], key):
         function, outer = objects(call.get("function") or call, key)[0], call if "function" in call else {}
@@ -144,7 +144,7 @@ def called(m: dict, key: str) -> list[dict]:
 
 
 def extras(m: dict) -> dict:
-    """What a chat template may know of a message but role and content."""
+    """The fields of a message, besides role and content, that a chat template may use."""
     more = {key: m[key] for key in ("name", "tool_call_id") if m.get(key)}
     if (key := first_of(CALLS, m)) and m[key]:
         more["tool_calls"] = called(m, key)
@@ -154,8 +154,8 @@ def extras(m: dict) -> dict:
 
 
 def messages_field(row: dict, key: str) -> list[dict]:
-    """Messages under OpenAI's names or ShareGPT's, with what else a chat template may know of; a content of parts is joined; one
-    message counts as a list of one."""
+    """Messages with OpenAI's or ShareGPT's keys, and the other fields that a chat template may use; content given as text parts
+    is joined; a single message counts as a list of one."""
     value = [row[key]] if isinstance(row[key], dict) else row[key]
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
         raise ValueError(f"{key!r} should be text or a list of messages, found {str(row[key])[:60]!r}")
@@ -181,12 +181,12 @@ def text_or_messages(row: dict, key: str) -> str | list[dict]:
 
 
 def as_messages(role: str, said: str | list) -> list[dict]:
-    """Text is a message of that role."""
+    """Text becomes a list of one message with that role; messages are returned as they are."""
     return [{"role": role, "content": said}] if isinstance(said, str) else said
 
 
 def as_response(prompt: str | list, response: str | list) -> str | list:
-    """A response of the same kind as its prompt: text after messages is the assistant's."""
+    """The response in the form of its prompt: after messages, text becomes an assistant message."""
     if isinstance(prompt, list):
         return as_messages("assistant", response)
     if isinstance(response, list):
@@ -195,7 +195,7 @@ def as_response(prompt: str | list, response: str | list) -> str | list:
 
 
 def with_system(row: dict, prompt: str | list, chat: bool) -> str | list:
-    """The prompt behind the row's system column."""
+    """The prompt with the row's system column, if any, put before it, unless the prompt already has a system message."""
     key = first_of(("system", "system_prompt"), row)
     if not key or not row[key] or prompt and isinstance(prompt, list) and prompt[0]["role"] == "system":
         return prompt
@@ -205,7 +205,7 @@ def with_system(row: dict, prompt: str | list, chat: bool) -> str | list:
 
 
 def split_messages(messages: list[dict], train_on: str) -> tuple[list, list]:
-    """A conversation -> (prompt, response): the response begins at the first assistant turn that answers something, or at the last."""
+    """Conversation -> (prompt, response), which begins at the last assistant turn, or ("all") the first that answers something."""
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns:
         raise ValueError("no message of an assistant to train on")
@@ -215,21 +215,21 @@ def split_messages(messages: list[dict], train_on: str) -> tuple[list, list]:
 
 ALPACA = ("Below is an instruction that describes a task{0}. Write a response that appropriately completes the request."
           "\n\n### Instruction:\n{1}\n\n{2}### Response:\n")
-QUESTIONS = ("instruction", "question", "problem", "query", "inputs", "input")  # a prompt that is not laid out yet
+QUESTIONS = ("instruction", "question", "problem", "query", "inputs", "input")  # a bare question, not yet formatted as a prompt
 CONVERSATIONS = ("messages", "conversations", "conversation")
-PROMPTS = ("prompt", *CONVERSATIONS, *QUESTIONS)  # where responses are apart from it
+PROMPTS = ("prompt", *CONVERSATIONS, *QUESTIONS)  # the prompt in rows whose responses are in other columns
 ANSWERS = ("completion", "output", "response", "solution", "generated_solution", "answer", "targets")
 
 
 def first_of(keys: tuple, row: dict) -> str | None:
-    """The first that says something, or else that is there."""
+    """The first key of the row with a non-empty value, or else the first that is present, or None."""
     there = [key for key in keys if key in row]
     return next((key for key in there if row[key]), there[0]) if there else None
 
 
 def prompt_of(row: dict, chat: bool, keys: tuple = PROMPTS) -> str | list | None:
-    """The prompt under the first of these names, or None. chat: the tokenizer has a template, so a question is the user's message;
-    without, it is text."""
+    """The prompt in the first of these columns, or None. chat: whether the tokenizer has a chat template; a question then becomes
+    a user message, otherwise it stays text."""
     key = first_of(keys, row)
     if key == "instruction":
         return instruction_of(row, chat)
@@ -241,7 +241,7 @@ def prompt_of(row: dict, chat: bool, keys: tuple = PROMPTS) -> str | list | None
 
 
 def instruction_of(row: dict, chat: bool) -> str | list:
-    """Alpaca's {instruction, input} or Dolly's {instruction, context}, behind LLaMA-Factory's history of [question, answer]."""
+    """Alpaca's {instruction, input} or Dolly's {instruction, context}, after LLaMA-Factory's history of [question, answer]."""
     task, more, history = text_field(row, "instruction"), first_of(("input", "context"), row), row.get("history") or []
     given = text_field(row, more) if more else ""
     if not isinstance(history, list) or not all(isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in history):
@@ -269,7 +269,7 @@ def sft_row(row: dict, train_on: str, chat: bool) -> Draft:
             raise ValueError(f"'text' beside {part!r} is a part of something, and would be trained as a whole; make prompt and "
                              f"completion of it, or messages")
         return Draft("", [text_field(row, "text")], [True])
-    else:  # a prompt beside an instruction is the instruction laid out
+    else:  # a prompt beside an instruction is that instruction, formatted
         keys, answer = (*QUESTIONS[:-1], "prompt", QUESTIONS[-1]), first_of(ANSWERS, row)
     prompt = prompt_of(row, chat, keys)
     if prompt is None or not answer:
@@ -281,32 +281,32 @@ def sft_row(row: dict, train_on: str, chat: bool) -> Draft:
 
 def shared_prompt(chosen: str | list, rejected: str | list) -> int:
     """Length of the prompt that two whole texts or conversations begin with: up to the last common '\\n\\nAssistant:'
-    of an HH transcript, else the common words; of messages, the common ones, the last assistant turn apart."""
+    of an HH transcript, else the common words; for messages, the number in common, not counting either's last message."""
     common = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     if isinstance(chosen, list):
         return min(common, len(chosen) - 1, len(rejected) - 1)
     mark = "\n\nAssistant:"
     if chosen.startswith("\n\nHuman:") and mark in chosen[:common]:
         return chosen.rfind(mark, 0, common) + len(mark)
-    return max(chosen.rfind(" ", 0, common), chosen.rfind("\n", 0, common) + 1)  # a space belongs to the word behind it
+    return max(chosen.rfind(" ", 0, common), chosen.rfind("\n", 0, common) + 1)  # a space belongs to the word after it
 
 
 def like_a_prompt(value, length: int) -> bool:
-    """More words than so many characters, or messages?"""
+    """Whether it is text of several words and more than `length` characters, or messages."""
     if isinstance(value, str):
         return " " in value.strip() and len(value) > length
     return isinstance(value, list) and any(isinstance(m, dict) and ({"role", "from"} & m.keys()) for m in value)
 
 
 def is_whole(response: str | list) -> bool:
-    """Does it begin with its prompt: a conversation, or an HH transcript?"""
+    """Whether the response includes its prompt: a whole conversation, or an HH transcript."""
     if isinstance(response, str):
         return response.startswith("\n\nHuman:")
     return bool(response) and response[0]["role"] in ("system", "user")
 
 
 def ranked_row(row: dict, chat: bool) -> Draft:
-    """{prompt, responses}: best first, of which every pair counts."""
+    """{prompt, responses}: ranked best first; every two responses make a pair."""
     prompt, ranked = prompt_of(row, chat), row["responses"]
     if prompt is None or not isinstance(ranked, list) or len(ranked) < 2:
         raise ValueError(f"'responses' should be a list of at least two, best first, with a prompt; found {str(ranked)[:60]!r}")
@@ -360,7 +360,7 @@ def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
 
 def kto_row(row: dict, train_on: str, chat: bool) -> Draft:
     """{prompt, completion, label}, {messages, label} (anything that sft takes, with a label: true is desirable); or a
-    preference row, whose two responses are one of each."""
+    preference row, which gives one desirable and one undesirable response."""
     if "label" not in row:
         if "chosen" in row:
             return preference_row(row, train_on, chat)._replace(margin=[])
@@ -400,7 +400,7 @@ STEP_TAGS = ("\u043a\u0438", "<extra_0>", "<|step|>")  # what marks the end of a
 
 
 def tagged_steps(text: str, marked) -> tuple[str, list[Step]]:
-    """Text with a tag behind each step, and the same text with + or - in the tags' places (or a list of labels)."""
+    """Split text with a tag after each step; marked: the same text with + or - in place of the tags, or a list of labels."""
     tag = next((tag for tag in STEP_TAGS if tag in text), None)
     if tag is None:
         raise ValueError(f"'input' has none of the step tags {', '.join(STEP_TAGS)}")
@@ -437,7 +437,7 @@ def rated_steps(steps: list[dict]) -> list[list[Step]]:
 
 def prm_row(row: dict, train_on: str, chat: bool) -> Draft:
     """{prompt, completions: [...], labels: [...]}; tagged text {input, label} or {input, value} (Math-Shepherd); PRM800K;
-    BIG-Bench Mistake {input, steps, mistake_index}: good up to the mistake, bad there, unlabelled behind it."""
+    BIG-Bench Mistake {input, steps, mistake_index}: good up to the mistake, bad there, unlabelled after it."""
     if "completions" in row and "prompt" in row:
         prompt, responses = text_field(row, "prompt"), [as_steps(row["completions"], row.get("labels"))]
     elif "steps" in row and "mistake_index" in row:
@@ -458,7 +458,7 @@ def prm_row(row: dict, train_on: str, chat: bool) -> Draft:
 
 
 def steps_row(row: dict, train_on: str, chat: bool) -> Draft:
-    """Steps that are scored and not trained: what prm takes, and without labels (1/2 stands for one)."""
+    """Rows for scoring steps, not for training: as for prm, but labels may be missing (0.5 stands in for each)."""
     if "completions" in row and "labels" not in row:
         row = {**row, "labels": [None] * len(row["completions"])}
     draft = prm_row(row, train_on, chat)
@@ -467,8 +467,8 @@ def steps_row(row: dict, train_on: str, chat: bool) -> Draft:
 
 
 def prompt_row(row: dict, train_on: str, chat: bool) -> Draft:
-    """{prompt} as text or messages, or a question under another name. Other columns are kept for whoever judges the answer."""
-    beside = chat and any(isinstance(row.get(key), list) for key in CONVERSATIONS)  # messages, with the prompt in them
+    """{prompt} as text or messages, or a question under another name. Other columns are kept for the reward or check."""
+    beside = chat and any(isinstance(row.get(key), list) for key in CONVERSATIONS)  # messages that contain the prompt
     said = "prompt" in row and not (beside and isinstance(row["prompt"], str))
     prompt = prompt_of(row, chat, ("prompt", *QUESTIONS, *CONVERSATIONS) if said else (*CONVERSATIONS, *QUESTIONS))
     if prompt is None:
@@ -482,7 +482,7 @@ def prompt_row(row: dict, train_on: str, chat: bool) -> Draft:
 
 FORMATS = {"sft": sft_row, "preference": preference_row, "kto": kto_row, "prm": prm_row, "steps": steps_row, "prompts": prompt_row}
 TRAIN_ON = {"sft": "all", "preference": "last", "kto": "last", "prm": "all", "steps": "all",
-            "prompts": "last"}  # which assistant turns, unless the config says
+            "prompts": "last"}  # the assistant turns that are trained, unless the config sets train_on
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
@@ -521,11 +521,11 @@ class Tokenizer:
         self.chat_template = self._template(chat_template, config)
         turn_end = self._turn_end() if self.chat_template else set()
         self.stops |= turn_end
-        self.ends = turn_end and {self.eos, *turn_end}  # what a folder that is saved has to say of them
+        self.ends = turn_end and {self.eos, *turn_end}  # EOS ids that a saved model folder has to declare
 
     def _template(self, asked: str, config: dict) -> str:
-        """The config's (a file, or "chatml"), else the folder's."""
-        if asked == "chatml":  # a vocabulary without its mark ends a turn as it ends a text
+        """The chat template that the config asks for (a file, or "chatml"), else the folder's own."""
+        if asked == "chatml":  # without <|im_end|> in the vocabulary, EOS ends a turn
             return CHATML if self.fast.token_to_id("<|im_end|>") is not None else CHATML.replace("'<|im_end|>'", "eos_token")
         if asked:
             if not Path(asked).is_file():
@@ -539,7 +539,7 @@ class Tokenizer:
         return template
 
     def _turn_end(self) -> set[int]:
-        """The special token that the chat template puts behind what an assistant says: it ends an answer, whatever EOS is."""
+        """The special token that the chat template puts after an assistant turn: it ends an answer, whatever EOS is."""
         try:
             text = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "zebra"}], False)
         except ValueError:  # a template that wants more than that
@@ -592,7 +592,7 @@ class Tokenizer:
 
 @functools.lru_cache(maxsize=8)
 def compile_template(source: str):
-    """As transformers does. {% generation %} marks what the assistant says, for those who do not look at positions."""
+    """Compile as transformers does. {% generation %} marks the assistant's text; ignored here: spans are found by position."""
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -608,15 +608,15 @@ def compile_template(source: str):
 
 class Example(NamedTuple):
     prompt: np.ndarray  # ids (int32), never empty: BOS, or EOS where there is no BOS
-    responses: list  # of ids
-    scored: list  # of boolean masks: the tokens that are trained
+    responses: list  # arrays of ids (int32), one per response
+    scored: list  # boolean masks, one per response: the tokens that are trained
     demonstrated: list
     chosen: list
     rejected: list
     margin: list
     where: str  # file:line
-    labels: list = []  # of step rows, of each response: a number at the token behind a labelled step, nan elsewhere
-    row: dict | None = None  # prompts only: what a reward or a check may want
+    labels: list = []  # step rows only, one array per response: the label at the step token after a labelled step, nan elsewhere
+    row: dict | None = None  # prompts only: all columns, for a reward or a check
 
     @property
     def length(self) -> int:
@@ -629,22 +629,22 @@ def with_responses(e: Example, responses: list) -> Example:
     return e._replace(responses=responses, scored=scored, demonstrated=[False] * len(responses))
 
 
-LARGE = 16384  # tokens: trees that may be cut are, where they are larger
+LARGE = 16384  # tokens: trees larger than this are cut, where cutting is allowed
 
 
 def cut(e: Example, tokens: int, longest: int = 0) -> list[Example]:
-    """A tree in pieces of at most so many tokens, its prompt in each, none with less than one response. longest: tokens that a
-    response may have; 0: those that its longest has."""
+    """Cut a tree into pieces of at most so many tokens, each with the prompt and at least one response. longest: tokens to allow
+    for each response; 0: those of the longest one here."""
     hold = max(1, (tokens - len(e.prompt)) // (longest or max(map(len, e.responses))))
     return [e._replace(responses=e.responses[i:i + hold], scored=e.scored[i:i + hold], labels=e.labels[i:i + hold],
                        demonstrated=e.demonstrated[i:i + hold]) for i in range(0, len(e.responses), hold)]
 
 
 def render(draft: Draft, tokenizer: Tokenizer, train_on: str, tools: list | None = None) -> tuple[str, list]:
-    """A draft -> prompt text and, of each response, (text, character spans that are trained or None for all of it). tools: the
-    functions that may be called, for the chat template."""
+    """A draft -> prompt text and, for each response, (text, character spans that are trained; None: all of it; or its steps).
+    tools: the functions that may be called, for the chat template."""
     if isinstance(draft.prompt, str):
-        bare = lambda r: r.rstrip() if r.rstrip().endswith(tokenizer.eos_token) else r  # what is behind EOS is no response
+        bare = lambda r: r.rstrip() if r.rstrip().endswith(tokenizer.eos_token) else r  # whitespace after EOS is dropped
         return draft.prompt, [(bare(r), None) if isinstance(r, str) else ("".join(s.text for s in r), r) for r in draft.responses]
     rendered = functools.partial(tokenizer.render, tools=tools)
     prompt = rendered(draft.prompt, add_generation_prompt=True)
@@ -661,7 +661,7 @@ def render(draft: Draft, tokenizer: Tokenizer, train_on: str, tools: list | None
                 raise ValueError("the chat template renders an earlier turn in another way once a later one follows; "
                                  "train_on = 'last' trains the last turn alone")
             check_said(messages[i], after[len(before):])
-            spans.append((len(before) - begin, len(after.rstrip()) - begin))  # templates put a newline behind the EOS
+            spans.append((len(before) - begin, len(after.rstrip()) - begin))  # templates put a newline after EOS
         if not spans:
             raise ValueError("no message of an assistant to train on")
         responses.append((text[begin:begin + spans[-1][1]], spans))
@@ -669,7 +669,7 @@ def render(draft: Draft, tokenizer: Tokenizer, train_on: str, tools: list | None
 
 
 def check_said(m: dict, text: str):
-    """An error unless the text, a trained turn, has all that its message says; spaces apart."""
+    """Raise unless the text of a trained turn, as rendered, contains all that its message says, ignoring whitespace."""
     bare = lambda said: "".join((said or "").split())
     whole = bare(text)
     for key, parts in (("content", [m["content"]]), ("reasoning_content", [m.get("reasoning_content")]),
@@ -687,7 +687,7 @@ def check_characters(text: str):
 
 
 def with_step_tokens(steps: list[Step], tokenizer: Tokenizer, step_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each step's ids with the step token behind them: ids, where step tokens are, their labels (nan elsewhere)."""
+    """Each step's ids followed by the step token -> ids, mask of the step tokens, labels at them (nan elsewhere)."""
     ids, ends, labels = [], [], []
     for step in steps:
         own = tokenizer.continuation(step.text)[0]
@@ -698,9 +698,9 @@ def with_step_tokens(steps: list[Step], tokenizer: Tokenizer, step_id: int) -> t
 
 
 def tokenize(drafts: list[tuple], tokenizer: Tokenizer, mode: str, counts: Counter, step_token: str = "\n") -> list[Example]:
-    """[(where, draft, prompt text, responses of `render`)] -> examples. mode "joint": ids of prompt + response, split at
-    the prompt's own length (where they do not begin with the prompt's ids, and in mode "apart", both are encoded by
-    themselves). BOS once; EOS once, after a whole response."""
+    """[(where, draft, prompt text, responses of `render`)] -> examples. mode "joint": prompt + response are encoded
+    as one text, and the ids split at the length of the prompt's own (where they do not begin with those, and in mode "apart",
+    each is encoded by itself). BOS once; EOS once, after a complete response."""
     whole = lambda spans: not (spans and isinstance(spans[0], Step))  # steps are encoded one by one
     texts = [text for _, _, prompt, responses in drafts
              for text in (prompt, *(prompt + r for r, s in responses if whole(s) and (mode == "joint" or not prompt)))]
@@ -739,9 +739,9 @@ def tokenize(drafts: list[tuple], tokenizer: Tokenizer, mode: str, counts: Count
 
 def truncate(example: Example, bos: int | None, max_length: int, max_prompt_length: int, how: str,
              counts: Counter) -> Example | None:
-    """Fit prompt + each response into max_length tokens: the prompt loses its left (BOS stays, unless each turn begins with one)
-    down to max_prompt_length (0: to what the longest response leaves, or half of max_length), the responses lose their right.
-    None: dropped."""
+    """Fit prompt + each response into max_length tokens: the prompt is cut from the left (BOS stays, unless each turn begins with
+    one) to max_prompt_length (0: what the longest response leaves, at least half of max_length), responses from the right.
+    None: dropped, as are rows with nothing left to train."""
     length, longest = len(example.prompt), max(map(len, example.responses), default=0)
     room = min(max_length, max_prompt_length or max(max_length // 2, max_length - longest))
     if length > room or length + longest > max_length:
@@ -773,8 +773,8 @@ def counted(counts: Counter) -> str:
 
 
 class Stored(Sequence):
-    """Examples in a file without a name in a folder, so that rows may be more than memory holds: each is its numbers in JSON, with
-    spaces behind up to a multiple of 4 bytes, and its arrays."""
+    """Examples in an unnamed temporary file in a folder, so that they need not fit in memory: each is a JSON header, padded with
+    spaces to a multiple of 4 bytes, and then its arrays."""
 
     def __init__(self, folder: str):
         path = Path(folder).expanduser()
@@ -827,12 +827,12 @@ class Dataset(NamedTuple):
 
 
 def sizes_of(e: Example) -> tuple[int, int, int, int]:
-    """Its tokens, scored tokens, pairs and kind."""
+    """An example's numbers of tokens, scored tokens and pairs, and its kind (`Dataset.kinds`)."""
     return e.length, sum(np.count_nonzero(mask) for mask in e.scored), len(e.chosen), 2 * bool(e.chosen) + bool(e.rejected)
 
 
 def as_dataset(examples: Sequence, counts: Counter, sizes: Sequence = ()) -> Dataset:
-    """sizes: `sizes_of` all examples, one behind the other, where that is known."""
+    """sizes: the `sizes_of` all examples, concatenated, where they are already known."""
     sizes = np.array(sizes or [n for e in examples for n in sizes_of(e)], np.int64)
     lengths, scored, pairs, kinds = sizes.reshape(-1, 4).T
     before = lambda sizes: np.concatenate([[0], np.cumsum(sizes)])
@@ -845,7 +845,7 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
         raise ValueError(f"rows of kind {kind!r} are not known; known: {', '.join(FORMATS)}")
     train_on, chat, counts = cfg.train_on or TRAIN_ON[kind], bool(tokenizer.chat_template), Counter()
     examples, sizes, drafts, rows, longest_prompt = Stored(cfg.cache_dir), array.array("q"), [], {}, cfg.max_prompt_length
-    columns, noted = set(), set()  # those there are, and those that were read
+    columns, noted = set(), set()  # columns that the rows have, and columns that were read
     if kind == "prompts":  # the answer wants room
         longest_prompt = min(longest_prompt or cfg.max_length, cfg.max_length - cfg.max_new_tokens)
         if longest_prompt < 1:
@@ -867,7 +867,7 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
             row = json.loads(row) if isinstance(row, bytes) else row
             if not isinstance(row, dict):
                 raise ValueError(f"expected an object, found {type(row).__name__}")
-            nulls = kind in ("prm", "steps") or None not in row.values()  # else they are columns that are not there
+            nulls = kind in ("prm", "steps") or None not in row.values()  # elsewhere, a null is a missing column
             noting = Noting(row if nulls else {k: v for k, v in row.items() if v is not None})
             draft = FORMATS[kind](noting, train_on, chat)
             with_tools = isinstance(draft.prompt, list) and "tools" in tokenizer.chat_template
@@ -912,7 +912,7 @@ def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
 
 
 def epoch_order(dataset: Dataset, epoch: int, seed: int) -> np.ndarray:
-    """Each epoch is its own shuffle, in which desirable and undesirable rows take turns by their shares."""
+    """Indices of all examples, shuffled anew in each epoch, desirable and undesirable rows interleaved evenly by their shares."""
     order = np.random.default_rng((seed, epoch)).permutation(len(dataset))
     kinds, turn = dataset.kinds[order], np.empty(len(order))
     for members in (np.flatnonzero(kinds == kind) for kind in np.unique(kinds)):
@@ -927,9 +927,9 @@ def step_rows(dataset: Dataset, step: int, batch_size: int, seed: int) -> np.nda
 
 
 def mismatched(dataset: Dataset, seed: int, epoch: int) -> Dataset:
-    """Each prompt with responses of other prompts in the place of its own: what KTO measures its KL on. Whose they are is a
-    function of (seed, epoch, row). Responses are cut so that no prompt with a response, and no tree, is longer than the
-    longest of the dataset."""
+    """Each prompt with random responses of other prompts instead of its own: KTO estimates its KL on these. The draw is a
+    function of (seed, epoch, row). Responses are cut so that no prompt + response, and no tree, is longer than the longest
+    one in the dataset."""
     longest = max(len(e.prompt) + max(map(len, e.responses)) for e in dataset.examples)
     largest = int(dataset.lengths.max())
     prompts = [e.prompt.tobytes() for e in dataset.examples]
@@ -952,14 +952,14 @@ def mismatched(dataset: Dataset, seed: int, epoch: int) -> Dataset:
 
 
 def in_order(dataset: Dataset, size: int = 256) -> list[np.ndarray]:
-    """All examples in pieces that are packed together: for passes that do not train."""
+    """Indices of all examples in order, split into chunks that are packed together: for passes that do not train."""
     return np.split(np.arange(len(dataset)), range(size, len(dataset), size))
 
 
 def stream_length(datasets: list[Dataset], batch_size: int, asked: int, answers: int = 0, answer: int = 0) -> int:
-    """T. 0: what holds the largest tree, and most steps whole (an eighth above the average one) up to 4,096 tokens; a multiple of
-    128. Trees that are yet to get that many answers of at most so many tokens may be cut to one answer: 0 is then at most LARGE
-    if that holds one."""
+    """T: as asked, or (0) a multiple of 128 that holds the largest tree and, up to 4,096 tokens, most whole steps (9/8 of the mean
+    step). answers, answer: how many answers each prompt is yet to get, of at most how many tokens; such trees may be cut down
+    to one answer each, so that T is then at most LARGE, if that holds a prompt with one answer."""
     largest = max((d.examples[d.lengths.argmax()] for d in datasets), key=lambda e: e.length)
     least = largest.length + answer
     if asked and asked < least:
@@ -971,7 +971,7 @@ def stream_length(datasets: list[Dataset], batch_size: int, asked: int, answers:
 
 
 def pack(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Best fit, longest first: bins of indices whose lengths add up to at most capacity."""
+    """Best-fit decreasing bin packing: bins of indices whose lengths add up to at most capacity."""
     bins, left = [], []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         fits = [b for b, room in enumerate(left) if room >= lengths[i]]
@@ -985,7 +985,7 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def count(examples: Sequence[Example]) -> dict[str, int]:
-    """What the terms of a loss are divided by, over a whole step."""
+    """Counts over a whole step; each loss's sum is divided by one of them."""
     total = Counter()
     for e in examples:
         scored = [int(mask.sum()) for mask in e.scored]
@@ -999,13 +999,13 @@ def count(examples: Sequence[Example]) -> dict[str, int]:
 class Layout(NamedTuple):
     """How a stream is laid out: fixed for a run."""
     tokens: int  # T
-    varlen: bool  # index tensors of the CUDA kernel rather than of grouped SDPA
+    varlen: bool  # index tensors for the variable-length CUDA kernel, not for grouped SDPA
     static: bool  # pad T to a multiple of 128, for kernels that are compiled
     device: str
 
 
 def varlen(device: str, dtype: torch.dtype) -> bool:
-    """Whether the variable-length kernel computes in that dtype there."""
+    """Whether the variable-length attention kernel supports this device and dtype."""
     return device == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
@@ -1022,9 +1022,9 @@ def micro_batches(dataset: Dataset, rows: np.ndarray, layout: Layout, rank: int 
 
 
 def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) -> dict:
-    """Examples of one stream -> its tensors (T,), (N,), (R,), (P,) and, on the host, its sizes and members. last (R,): where a
-    response's last token is; example, rank (R,): whose response it is, and which one; own (N,): a scored token's own place."""
-    tokens, positions, spans = [], [], []  # a span: begin, length, begin and length of the prompt it also sees
+    """Examples of one stream -> its tensors (T,), (N,), (R,), (P,) and, on the host, its sizes and members. last (R,): index of a
+    response's last token; example, rank (R,): its example and its index in it; own (N,): index of a scored token itself."""
+    tokens, positions, spans = [], [], []  # a span: begin, length; begin and length of the prompt it also sees
     columns = {"predict_from": [], "own": [], "target": [], "response": [], "place": [], "scored_index": []}
     lengths, last, chosen, rejected, margin, pair_index, of, rank, at = [], [], [], [], [], [], [], [], 0
     for nth, (index, e) in enumerate(members):
@@ -1056,7 +1056,7 @@ def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) 
             lengths.append(len(places))
             last.append(at - 1)
     length = min(-(-max(at, 1) // 128) * 128, layout.tokens) if layout.static else max(at, 1)
-    for start in range(at, length, 128):  # padding: segments of its own, that nothing scored sees
+    for start in range(at, length, 128):  # padding: separate segments that no scored token sees
         n = min(128, length - start)
         tokens.append(np.zeros(n, np.int32))
         positions.append(np.arange(n))
@@ -1084,7 +1084,7 @@ def to_device(values: dict, device: str) -> dict:
 
 
 def varlen_segments(spans: list) -> dict:
-    """Index tensors of the variable-length kernel: keys gathered, cumulative lengths padded to a multiple of 64."""
+    """Index tensors for the variable-length kernel: gather indices of keys, cumulative lengths padded to a multiple of 64."""
     lengths_q = [n for _, n, _, _ in spans]
     lengths_k = [n + shared for _, n, _, shared in spans]
     key_index = np.concatenate([np.r_[p:p + shared, b:b + n] for b, n, p, shared in spans])
@@ -1095,19 +1095,19 @@ def varlen_segments(spans: list) -> dict:
 
 
 def grouped_segments(spans: list) -> dict:
-    """Index tensors of grouped attention: segments whose query and key lengths round up to the same size share one
-    padded call; a segment's offset is the number of keys before its first query. Prompts have a query for each key, and long
-    responses behind short ones are given one: the offset is 0, and no mask is needed where there is no window."""
+    """Index tensors for grouped attention: segments whose query and key lengths round up to the same sizes share one padded
+    call; a segment's offset is the number of keys before its first query. Prompts have a query for each key, and long responses
+    after short prompts are padded with queries to have one too: offset 0, and no mask needed if there is no sliding window."""
     groups = {}
     for span in spans:
         _, n, _, shared = span
-        square = shared == 0 or n + shared > 768 and n >= 4 * shared  # measured: queries in vain cost less than keys in vain
+        square = shared == 0 or n + shared > 768 and n >= 4 * shared  # measured: padding queries cost less than padding keys
         groups.setdefault((square, rounded(n + square * shared), rounded(n + shared)), []).append(span)
     index_q, index_k, shapes, offsets, at = [], [], [], [], 0
     inverse = np.empty(sum(span[1] for span in spans), np.int64)
     for (square, _, _), members in groups.items():
         begin, n, prompt, shared = np.array(members).T[..., None]  # (B, 1) each
-        first = square * shared  # place of the first query that is not in vain
+        first = square * shared  # place of the first query that is not padding
         length_q, length_k = int((n + first).max()), int((n + shared).max())
         place = np.arange(length_k)
         own = np.where(place < shared + n, begin + place - shared, prompt)
@@ -1124,7 +1124,7 @@ def grouped_segments(spans: list) -> dict:
 
 
 def rounded(length: int) -> int:
-    """Up to the next of 8, 12, 16, 24, 32, 48, 64, ...: at most half as much again."""
+    """Round up to the next of 8, 12, 16, 24, 32, 48, 64, ...: above 8, to less than 1.5 times the length."""
     power = 1 << max(3, (length - 1).bit_length())
     return power * 3 // 4 if length <= power * 3 // 4 and power > 8 else power
 

@@ -21,7 +21,7 @@ ASIDE = ("step", "split", "tokens", "skipped_steps", "peak_memory_gb")  # no pan
 
 
 def read(run: str) -> list[dict]:
-    """The lines of a run's folder, or of a file; one that is being written is left out."""
+    """The lines of metrics.jsonl, from a run's folder or the file itself; a line that is still being written is left out."""
     path = Path(run) if Path(run).is_file() else Path(run, "metrics.jsonl")
     if not path.is_file():
         raise ValueError(f"{run}: no metrics.jsonl there; expected the out_dir of a run")
@@ -36,13 +36,13 @@ def read(run: str) -> list[dict]:
 
 
 def points(lines: list[dict], split: str, name: str) -> tuple[list, list]:
-    """Steps and values of the lines that have it."""
+    """Steps and values of a metric, from the lines of a split that have it."""
     pairs = [(line["step"], line[name]) for line in lines if line["split"] == split and line.get(name) is not None]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Mean over the last twentieth of the run, as far as there is one."""
+    """Running mean over a window of a twentieth of the run, or of what there is so far at its start."""
     span, sums = max(1, len(values) // 20), [*itertools.accumulate(values, initial=0.0)]
     return [(sums[i + 1] - sums[max(0, i + 1 - span)]) / min(span, i + 1) for i in range(len(values))]
 

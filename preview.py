@@ -20,8 +20,8 @@ import model
 from machine import ending
 
 GREEN, RED, FAINT = "1;32", "1;31", "2"
-LONG = 240  # tokens that are shown of a text
-WIDTH = 62  # columns for it
+LONG = 240  # most tokens of a text that are shown
+WIDTH = 62  # columns of text beside its label
 
 
 def paint(text: str, code: str) -> str:
@@ -31,7 +31,7 @@ def paint(text: str, code: str) -> str:
 
 
 def tokenizer_of(cfg) -> data.Tokenizer:
-    """The one that a run would have, without running the stages before it."""
+    """The tokenizer that a run would use, found without running the stages before it."""
     folder, name, stage = cfg.tokenizer, cfg.init_from, cfg
     while not folder and name.endswith(".py"):
         stage = config.load_stage(name, stage)
@@ -42,8 +42,8 @@ def tokenizer_of(cfg) -> data.Tokenizer:
 
 
 def marked(ids: np.ndarray, scored: np.ndarray, labels: np.ndarray | None, tokenizer: data.Tokenizer) -> list[tuple]:
-    """(text, colour) of runs of tokens: what is trained stands out, in red where the label of a step says bad. Of many tokens,
-    the first and the last."""
+    """(text, colour) of runs of tokens: those that are trained are green, or red where a step's label is bad, the rest faint. If
+    there are more than LONG tokens, only the first and the last."""
     if len(ids) > LONG:
         cut = slice(None, LONG - 80), slice(-80, None)
         first, last = (marked(ids[part], scored[part], labels[part] if labels is not None else None, tokenizer) for part in cut)
@@ -64,7 +64,7 @@ def marked(ids: np.ndarray, scored: np.ndarray, labels: np.ndarray | None, token
 
 
 def flow(label: str, runs: list[tuple], said: str) -> str:
-    """Coloured runs of text behind a label, in lines of at most 79 columns; a line's end in the text is an arrow."""
+    """Coloured runs of text, then what is said, after a label, wrapped at 79 columns; an arrow marks each newline of the text."""
     lines, room = [f"  {label:12}"], WIDTH
     for text, code in [*runs, (f"  {said}", "")]:
         painted = []
@@ -101,7 +101,7 @@ def histogram(lengths: np.ndarray, most: int) -> str:
 
 
 def packing(dataset: data.Dataset, longest: np.ndarray, cfg) -> str:
-    """How the first steps of a run pack: into how many streams, how full they are, and what padding would make of them."""
+    """How the first steps of a run pack: into how many streams, how many tokens they have, and how many with padding instead."""
     tokens = data.stream_length([dataset], cfg.batch_size, cfg.micro_batch_tokens)
     first = range(min(20, data.steps_per_epoch(dataset, cfg.batch_size)))
     steps = [data.step_rows(dataset, step, cfg.batch_size, cfg.seed) for step in first]
@@ -138,7 +138,7 @@ def main(arguments: list[str]):
     if found := sum(np.count_nonzero(ids == unknown) for e in examples for ids in (e.prompt, *e.responses)):
         print(f"{found:,} tokens are {tokenizer.fast.id_to_token(unknown)}: the tokenizer does not know these characters\n")
     print(histogram(longest, cfg.max_length))
-    if not trained:  # prompts: what is trained is yet to be written
+    if not trained:  # prompts: the answers to train on are not generated yet
         return
     print(f"trained: {trained:,} of {int(dataset.lengths.sum()):,} tokens ({trained / dataset.lengths.sum():.0%})")
     print(packing(dataset, longest, cfg))

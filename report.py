@@ -1,4 +1,4 @@
-"""What a run says: bars for what takes long, metrics.jsonl and the trackers that were asked for, and a summary at its end."""
+"""What a run reports: progress bars, metrics.jsonl, the tracker that was asked for, and a summary at its end."""
 import importlib.util
 import json
 import math
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 
 def bar(steps=None, what: str = "", show: bool = True, **more) -> tqdm:
-    """A bar of 80 columns with the time left, of what takes longer than a second; in a log, a line every half a minute."""
+    """A progress bar with the time left, shown after one second, that fits 80 columns; in a log, a line every 30 seconds."""
     return tqdm(steps, desc=what[:20], disable=not show, mininterval=0.2 if sys.stderr.isatty() else 30, **{
         "leave": False, "delay": 1, "bar_format": "{desc} |{bar:6}| {n_fmt}/{total_fmt} {remaining} left{postfix}", **more})
 
@@ -22,7 +22,7 @@ def bar(steps=None, what: str = "", show: bool = True, **more) -> tqdm:
 
 
 def recorder(out: Path, track: str, config: dict) -> Callable:
-    """record(line): a line of metrics.jsonl, and of the tracker."""
+    """A function record(line) that appends a line to metrics.jsonl and sends it to the tracker, if there is one."""
     follow = TRACKERS[track](out, config) if track else lambda line: None
 
     def record(line: dict):
@@ -40,7 +40,7 @@ def check_tracker(track: str):
 
 
 def numbers(line: dict) -> dict[str, float]:
-    """train/loss, eval/loss, ... of a line."""
+    """The numbers of a line under the tracker's names: train/loss, eval/loss, ..."""
     return {f"{line['split']}/{name}": value for name, value in line.items()
             if name not in ("split", "step") and isinstance(value, (int, float))}
 
@@ -70,15 +70,15 @@ TRACKERS = {"wandb": by_wandb, "tensorboard": by_tensorboard}
 
 
 def written(out: Path) -> tuple[list[dict], list[dict]]:
-    """The eval lines and the train lines of a run so far, for one that goes on."""
+    """The eval lines and the train lines that a run has written so far, for resuming it."""
     text = (out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").is_file() else ""
     lines = [json.loads(line) for line in text.splitlines()]
     return tuple([line for line in lines if line["split"] == split] for split in ("eval", "train"))
 
 
 def summary(out: Path, what: str, first: dict, last: dict, shown: tuple, before: list[tuple], after: list[tuple], use: str) -> str:
-    """What was learned, samples (prompt, answer) of before (where they were taken) and after, where the model is and what to do
-    with it."""
+    """The final report: what was learned, samples (prompt, answer) from before (if any were taken) and after, where the model is,
+    and how to use it."""
     names = [name for name in dict.fromkeys(shown) if first.get(name) is not None and last.get(name) is not None]
     lines = [f"{out}: {what if names else 'done'}"]
     lines += [f"  {name:20} {first[name]:.4g} -> {last[name]:.4g}" for name in names]
@@ -90,6 +90,6 @@ def summary(out: Path, what: str, first: dict, last: dict, shown: tuple, before:
 
 
 def wrapped(label: str, text: str) -> list[str]:
-    """At most three lines."""
+    """The text after a label, wrapped to at most three lines."""
     text = " ".join(text.split()) or "(nothing)"
     return textwrap.wrap(text, 79, initial_indent=label, subsequent_indent=" " * len(label), max_lines=3, placeholder=" ...")

@@ -1,7 +1,7 @@
 """What an answer is worth: a function of the config, a reward model, a process reward model, or a weighted sum of them.
 
-A reward takes examples whose responses are the answers, and the answers' texts, and gives a number for each, or says what
-went wrong with it: whoever asked decides whether that stops a run.
+A reward takes examples whose responses are the answers, and the answers' texts, and returns a number for each answer, or a
+message about what went wrong: the caller decides whether that stops the run.
 """
 import inspect
 import math
@@ -21,7 +21,7 @@ import losses
 import model
 import report
 
-Said = list[list[float | str]]  # of each example, of each answer: its reward, or what went wrong
+Said = list[list[float | str]]  # for each example, for each answer: its reward, or what went wrong
 
 
 def rewards(cfg, machine, tokenizer, folder_of: Callable) -> Callable:
@@ -39,8 +39,8 @@ def rewards(cfg, machine, tokenizer, folder_of: Callable) -> Callable:
 
 
 def together(machine, ask: Callable, bad_rewards: str) -> list[Said]:
-    """What ask() says on every rank, on all of them. A failure anywhere is raised everywhere: no rank waits for one that stopped.
-    That an answer has no reward is one, unless bad_rewards is "skip"."""
+    """All ranks' results of ask(), on every rank. A failure on one rank is raised on all: no rank waits for one that stopped.
+    An answer without a reward is a failure, unless bad_rewards is "skip"."""
     try:
         mine = ask()
     except ValueError as error:
@@ -66,9 +66,9 @@ def add(parts: list[tuple]) -> float | str:
 
 def by_function(function: Callable, workers: int = 0, timeout: float = 60.0, what: str = "reward",
                 mend: str = "; bad_rewards = 'skip' leaves such prompts out") -> Callable:
-    """function(prompt, completion, row) -> number; or, where its first parameter is called `prompts`, lists of them -> a list.
-    workers: processes that call it; there, an answer that takes longer than timeout seconds counts as failed. what, mend: the
-    function's part, and the way out, for the sentence about an answer without a number."""
+    """A reward from function(prompt, completion, row) -> number; or, if its first parameter is named `prompts`, lists -> list.
+    workers: processes that call it, in which an answer that takes longer than timeout seconds counts as failed. what, mend: the
+    function's role and a remedy, for the message about an answer without a number."""
     batched = next(iter(inspect.signature(function).parameters), "") == "prompts"
     name = getattr(function, "__name__", str(function))
     if batched and workers:
@@ -83,7 +83,7 @@ def by_function(function: Callable, workers: int = 0, timeout: float = 60.0, wha
 
 
 def number(result, where: str, text: str, mend: str) -> float | str:
-    """A finite number, or a sentence about what is there in its place."""
+    """The result as a float if it is a finite number, otherwise a message that says what it is instead."""
     said = result if isinstance(result, Failed) else f"returned {result!r:.80}, expected a number"
     try:
         value = math.nan if isinstance(result, str) else float(result)
@@ -93,11 +93,11 @@ def number(result, where: str, text: str, mend: str) -> float | str:
 
 
 class Failed(str):
-    """In the place of a function's result, what went wrong."""
+    """A message about what went wrong, in place of a function's result."""
 
 
 def told(error: Exception) -> Failed:
-    """What it says, and the line of the function called here that it comes from."""
+    """The error's message, and the line of the called function that it came from."""
     frames = traceback.extract_tb(error.__traceback__, limit=2)[1:]
     return Failed("".join([f"{type(error).__name__}: {error}", *(f" ({frame.filename}:{frame.lineno})" for frame in frames)]))
 
@@ -125,7 +125,7 @@ def in_batch(function: Callable) -> Callable:
 
 
 class Workers:
-    """Processes that call a function. One that hangs is ended with its whole pool, and another pool goes on behind it."""
+    """Processes that call a function. If a call hangs, its whole pool is ended, and a new one goes on with the next answer."""
 
     def __init__(self, function: Callable, workers: int, timeout: float):
         self.place = (inspect.getsourcefile(function), getattr(function, "__qualname__", "?"))
@@ -138,10 +138,10 @@ class Workers:
         for i in range(len(asked)):
             if results is None:
                 self.pool = self.pool or multiprocessing.get_context("spawn").Pool(self.workers, begin, self.place)
-                self.pool.apply(bool)  # their imports take no answer's time
+                self.pool.apply(bool)  # start-up and imports do not count towards the timeout
                 results = self.pool.imap(call, asked[i:])
             try:
-                yield results.next(self.timeout)  # of the i-th: those before it are done
+                yield results.next(self.timeout)  # the i-th result: those before it are done
             except multiprocessing.TimeoutError:
                 self.pool.terminate()
                 self.pool = results = None
@@ -150,7 +150,7 @@ class Workers:
 
 
 def begin(file: str, name: str):
-    """In a worker: the function, from its own file. A worker that ends here would be started again, for ever."""
+    """In a worker: load the function from its own file. A worker that ends here would be started again, for ever."""
     global function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the run, which finishes its step
     try:
@@ -161,7 +161,7 @@ def begin(file: str, name: str):
 
 
 def call(given: tuple) -> float | str:
-    """In a worker: nothing but a number, or text, which is none, or what went wrong, crosses between processes."""
+    """In a worker: call the function; only a number, a text (which is no number) or a Failed crosses between processes."""
     try:
         value = function(*given)
         return value if isinstance(value, Failed) else str(value) if isinstance(value, str) else float(value)
@@ -174,7 +174,7 @@ def call(given: tuple) -> float | str:
 
 
 class Scorer:
-    """A model folder and what its heads say of the responses of an example."""
+    """The model of a folder, and what its head says about the responses of an example."""
 
     def __init__(self, name: str, cfg, machine):
         self.name, self.machine, folder = name, machine, model.find_folder(name)
@@ -189,10 +189,10 @@ class Scorer:
         self.tokenizer = data.Tokenizer(folder, cfg.chat_template)
         self.decoder, self.saved_dtype = model.load_model(self.cfg, self.machine, name, self.tokenizer, [self.stream])
         self.decoder.requires_grad_(False)
-        self.tokens = 0  # of a stream: the most there were so far, so that compiled shapes are few
+        self.tokens = 0  # stream length: the largest so far, to keep compiled shapes few
 
-    def scores(self, dataset: data.Dataset) -> list[dict]:
-        """Of each example, in order."""
+    def scores(self, dataset: data.Dataset) -> list[list]:
+        """For each example, in order, a list with one result per response."""
         model.check_lengths(self.decoder, dataset)
         self.tokens, found = max(self.tokens, data.stream_length([dataset], 64, 0)), [None] * len(dataset)
         layout = self.machine.layout(self.tokens)
@@ -209,12 +209,12 @@ class Scorer:
 
 
 def logps_of(batch: dict, log_probs: torch.Tensor) -> list[dict]:
-    """Log-probs of each response, summed, and how many tokens they are."""
+    """Each response's log-prob, summed over its scored tokens, and how many these are."""
     return [{"logps": s, "tokens": n} for s, n in zip(losses.sums(batch, log_probs).tolist(), batch["lengths"].tolist())]
 
 
 def steps_of(batch: dict, logits: torch.Tensor) -> list[dict]:
-    """Of each response the probability of each step, that they are all good by three readings, and the first that is not."""
+    """For each response: the probability that each step is good; their min, product and last; the index of the first bad step."""
     p, said = (logits[:, 1] - logits[:, 0]).sigmoid().split(batch["lengths"].tolist()), []
     for steps in (part.tolist() for part in p):
         wrong = next((i for i, q in enumerate(steps) if q < 0.5), None)
@@ -224,11 +224,11 @@ def steps_of(batch: dict, logits: torch.Tensor) -> list[dict]:
 
 SAY = {"ForSequenceClassification": ("reward", lambda batch, reward: reward.tolist()),
        "ForTokenClassification": ("step_logits", steps_of),
-       "": ("log_probs", logps_of)}  # end of an architecture's name -> the stream that is read, and what is said of each response
+       "": ("log_probs", logps_of)}  # suffix of an architecture's name -> the stream to read, and its result for each response
 
 
 def in_steps(e: data.Example, texts: list[str], scorer: Scorer) -> data.Example:
-    """A prompt with answers whose lines are steps. Of messages, what user and assistant said, a line each."""
+    """A prompt with answers whose lines are steps. Messages become text: what user and assistant said, one per line."""
     prompt = e.row["prompt"]
     if not isinstance(prompt, str):
         prompt = "".join(m["content"] + "\n" for m in prompt if m["role"] in ("user", "assistant") and m["content"])
@@ -244,10 +244,10 @@ def by_model(scorer: Scorer, tokenizer: data.Tokenizer) -> Callable:
         raise ValueError(f"reward {scorer.name} is a language model; expected a reward model or a process reward model")
     if scorer.stream == "reward":
         tokenizer.same_ids(scorer.tokenizer)
-    model.without_masters(scorer.decoder, scorer.machine.dtype)  # it judges from now on, and is not saved
+    model.without_masters(scorer.decoder, scorer.machine.dtype)  # it only scores from now on, and is never saved
 
     def give(examples, texts):
-        """Each answer once, however often it was given: the same one has the same reward to the last bit."""
+        """Score each distinct answer to a prompt once, so that identical answers get bitwise identical rewards."""
         by_steps, trees, places, count = scorer.stream == "step_logits", [], [], 0
         for e, mine in zip(examples, texts):
             names = mine if by_steps else [ids.tobytes() for ids in e.responses]

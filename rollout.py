@@ -1,10 +1,10 @@
-"""Rollouts as a data source: prompts are answered, answers rewarded, and the loop gets them as examples with columns.
+"""Rollouts as a data source: prompts are answered, the answers rewarded, and the loop gets them as examples with columns.
 
-`generate` is also what eval, `sample.py generate` and `sample.py chat` use. What an answer is depends on its key alone
-(seed, place of its prompt in the run, number of the answer): not on ranks, nor on what it is batched with.
+`generate` is also what eval, `sample.py generate` and `sample.py chat` use. With a given model, an answer depends on its key alone
+(seed, place of its prompt in the run, number of the answer): not on the ranks, nor on what it is batched with.
 
-Shapes: B rows of a batch, C places of the cache, H query heads, K key-value heads, E head width, V vocabulary; R responses, L
-longest response, n responses a prompt.
+Shapes: B rows of a batch, C positions of the KV cache, H query heads, K key-value heads, E head width, V vocabulary;
+R responses, L longest response, n responses per prompt.
 """
 import math
 import sys
@@ -34,11 +34,11 @@ import reward
 
 
 class Sampling(NamedTuple):
-    """What tokens are drawn from: softmax(logits / temperature), or what top-k, top-p and min-p leave of it, in this order."""
-    temperature: float = 1.0  # 0: the most likely token
-    top_k: int = 0  # of the k most likely; 0: of all
-    top_p: float = 1.0  # of the most likely that have this probability together
-    min_p: float = 0.0  # of those with at least this share of the most likely one's probability
+    """What tokens are sampled from: softmax(logits / temperature), filtered by top-k, top-p and min-p in this order."""
+    temperature: float = 1.0  # 0: greedy, the most likely token
+    top_k: int = 0  # keep the k most likely tokens; 0: all
+    top_p: float = 1.0  # keep the fewest most likely tokens whose total probability reaches this
+    min_p: float = 0.0  # keep tokens with at least this fraction of the most likely one's probability
 
     @classmethod
     def of(cls, cfg) -> "Sampling":
@@ -50,14 +50,14 @@ KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacken
 
 
 class Answer(NamedTuple):
-    ids: list[int]  # with the token that ended it
-    log_probs: list[float]  # under softmax(logits / temperature), whatever top-k, top-p and min-p left of it
-    ended: bool  # by a stop token or a stop string, and not by running out of room
+    ids: list[int]  # including the token that ended it
+    log_probs: list[float]  # under softmax(logits / temperature), before top-k, top-p and min-p
+    ended: bool  # by a stop token or a stop string, not by running out of tokens
 
 
 class Slots:
-    """Rows of a batch, each with an answer that is being generated, or free. The first dimension of every array is the slot.
-    On the host: `answer`, which one (-1: none), `born`, when it began, `head`, tokens of its prompt."""
+    """The rows (slots) of a decoding batch, each holding an answer in progress or free; the slot is every array's first dimension.
+    On the host: `answer`, its index (-1: free); `born`, the step when it began; `head`, how many tokens its prompt has."""
 
     def __init__(self, decoder, size: int, capacity: int, room: int):
         shape, weight = decoder.shape, decoder.lm_head.weight
@@ -68,20 +68,20 @@ class Slots:
             self.cache = [torch.zeros(size, shape.num_kv_heads, capacity, shape.head_dim, dtype=low)
                           for _ in range(2 * shape.num_layers)]
             self.logits, self.uniform = torch.zeros(size, shape.vocab_size, dtype=low), torch.zeros(size, room + 1)
-            self.token, self.place, self.age, self.length = torch.zeros(4, size, dtype=torch.int64)  # place: of the next token
-            self.ended, self.done = torch.zeros(2, size, dtype=torch.bool)  # length, ended: of those that are done
-            self.tokens = torch.zeros(size, room + 1, dtype=torch.int64)  # the last column: what comes behind a whole answer
+            self.token, self.place, self.age, self.length = torch.zeros(4, size, dtype=torch.int64)  # place: where the next goes
+            self.ended, self.done = torch.zeros(2, size, dtype=torch.bool)  # length and ended are valid where done
+            self.tokens = torch.zeros(size, room + 1, dtype=torch.int64)  # last column: discarded tokens, after a full answer
             self.log_probs = torch.zeros(size, room + 1, dtype=torch.promote_types(low, torch.float32))
 
     def live(self) -> list[int]:
         return np.flatnonzero(self.answer >= 0).tolist()
 
     def begin(self, decoder, prompts: list[list[int]], answers: np.ndarray, of: np.ndarray, numbers: list[np.ndarray], now: int):
-        """Answers, each to the prompt that `of` counts, in slots that are free. numbers: random ones for each, or none."""
+        """Start answers in free slots; answers[i] is to prompts[of[i]]. numbers: each one's random numbers, or [] if greedy."""
         free = np.flatnonzero(self.answer < 0)[:len(answers)]
         asked, first, which = np.unique(of, return_index=True, return_inverse=True)
         slots, lengths = torch.from_numpy(free).to(self.place.device), np.array([len(prompts[i]) for i in of])
-        with torch.compiler.set_stance("force_eager"):  # shapes of its own, which would use up the blocks' compilations
+        with torch.compiler.set_stance("force_eager"):  # its varying shapes would use up the blocks' recompilations
             logits = prefill(decoder, self.cache, [prompts[i] for i in asked], slots[first])
         for part in self.cache if len(asked) < len(of) else ():
             part[slots, :, :lengths.max()] = part[slots[first][which], :, :lengths.max()]
@@ -93,7 +93,7 @@ class Slots:
             self.uniform[slots, :self.room] = torch.from_numpy(np.stack(numbers)).to(slots.device)
 
     def take(self, token: Tensor, log_prob: Tensor, stops: Tensor):
-        """The next token of each (B,). stops (V,): does a token end an answer?"""
+        """Append the next token (B,) of each slot, with its log-prob (B,). stops (V,): whether a token ends an answer."""
         self.tokens.scatter_(1, self.age[:, None], token[:, None])
         self.log_probs.scatter_(1, self.age[:, None], log_prob[:, None])
         self.token, self.age = token, (self.age + 1).clamp(max=self.room)
@@ -101,13 +101,13 @@ class Slots:
         self.end(~self.done & (stops[token] | full), self.age, stops[token])
 
     def end(self, over: Tensor, length: Tensor, ended: Tensor):
-        """Answers that are over (B,), with so many tokens. Their slots go on at the first place, which it sees in any window."""
+        """Finish the answers in `over` (B,), each with `length` tokens. Slots decode on at position 0, seen in any window."""
         self.length, self.ended, self.done = (
             torch.where(over, length, self.length), torch.where(over, ended, self.ended), self.done | over)
         self.place = torch.where(self.done, 0, self.place)
 
     def finished(self) -> dict[int, Answer]:
-        """Those that are done since the last time; their slots are free. Waits for the device."""
+        """The answers finished since the last call, by index; their slots become free. Waits for the device."""
         slots, found = [slot for slot, done in enumerate(self.done.tolist()) if done and self.answer[slot] >= 0], {}
         parts = (x[slots].tolist() for x in (self.tokens, self.log_probs, self.length, self.ended)) if slots else ()
         for slot, ids, log_probs, length, ended in zip(slots, *parts):
@@ -118,7 +118,7 @@ class Slots:
         return found
 
     def keep(self, live: list[int]):
-        """These alone: the batch gets smaller."""
+        """Keep only these slots, which shrinks the batch."""
         for i, part in enumerate(self.cache):
             self.cache[i] = part[live]
         for name, x in vars(self).items():
@@ -131,13 +131,13 @@ def generate(decoder, prompts: list[list[int]], *, max_new_tokens: int, stop: se
              keys: list[tuple] | None = None, strings: tuple = (), text: Callable | None = None, batch: int = 256,
              check: int = 16, compiled: bool = False, longest: int = 0, watch: Callable | None = None, show: str = ""
              ) -> list[list[Answer]]:
-    """n answers to each prompt (a list of ids), whose part of the cache is computed once for those that begin together.
+    """n answers to each prompt (a list of ids); answers to the same prompt that begin together share one prefill.
 
-    An answer ends at a token of `stop`, or where `text(ids)` holds one of `strings`. keys: the integers that the random numbers
-    of each prompt are a function of. batch: answers at a time. Every `check` tokens the host looks which are done; the next ones
-    take their places, and when none is left, the batch gets smaller. compiled: a decoding step is one graph, and its batch
-    stays; longest: prompt that is yet to come, for the graph's shapes. watch(answer, ids) is called for each answer that goes on
-    or has just ended, whenever the host looks. show: a bar's name.
+    An answer ends at a token of `stop`, or where `text(ids)` contains one of `strings`. keys: integers that seed the random
+    numbers of each prompt. batch: answers at a time. Every `check` tokens the host checks which are done; waiting ones take
+    their slots, and when none is waiting, the batch shrinks. compiled: a decoding step is one graph, of a fixed batch size;
+    longest: tokens of the longest prompt of any call, to fix the graph's shapes. watch(answer, ids) is called at each of these
+    checks for every answer in progress or just ended. show: name of the progress bar.
     """
     if not prompts:
         return []
@@ -150,7 +150,7 @@ def generate(decoder, prompts: list[list[int]], *, max_new_tokens: int, stop: se
     slots = Slots(decoder, min(batch, count), capacity, max_new_tokens)
     step, stance = (losses.compiled(decode, dynamic=False), "default") if compiled else (decode, "force_eager")
     stops = torch.isin(torch.arange(len(weight), device=weight.device), torch.tensor(sorted(stop), device=weight.device))
-    answers, begun, now, ends = {}, 0, 0, set()  # now: tokens since the beginning; ends: when there is no room for more
+    answers, begun, now, ends = {}, 0, 0, set()  # now: decoding steps so far; ends: steps when answers reach their limit
     bar = report.bar(what=show, show=bool(show), total=count * max_new_tokens)
     while len(answers) < count:
         some = np.arange(begun, min(begun + len(slots.answer) - len(slots.live()), count))
@@ -181,14 +181,14 @@ def generate(decoder, prompts: list[list[int]], *, max_new_tokens: int, stop: se
 
 
 def answers_to(prompts: list[list[int]], decoder, tokenizer: data.Tokenizer, cfg, **options) -> list[list[Answer]]:
-    """`generate` as a config has it: how long, what ends an answer, how many side by side."""
+    """`generate` with the config's answer length, stop strings and batch size, and the tokenizer's stop tokens."""
     return generate(decoder, prompts, max_new_tokens=cfg.max_new_tokens, stop=tokenizer.stops, strings=cfg.stop,
                     text=tokenizer.decode, batch=cfg.rollout_batch, **options)
 
 
 def prefill(decoder, cache: list[Tensor], prompts: list[list[int]], slots: Tensor) -> Tensor:
-    """Keys and values of prompts into these slots (P,) of the cache (B, K, C, E) of every layer; a key's place there is its
-    position. Returns what follows each prompt, (P, V). They go through the packed attention, some thousand tokens at a time."""
+    """Write the keys and values of P prompts into these slots (P,) of every layer's cache (B, K, C, E), at their positions, and
+    return the logits after each prompt (P, V). Prompts go through packed attention, about 8,192 tokens at a time."""
     shape, device, dtype = decoder.shape, slots.device, cache[0].dtype
     pieces, last = np.cumsum([len(p) for p in prompts]) // 8192, []
     for piece in np.unique(pieces):
@@ -212,8 +212,8 @@ def prefill(decoder, cache: list[Tensor], prompts: list[list[int]], slots: Tenso
 
 
 def decode(decoder, cache: list[Tensor], tokens: Tensor, positions: Tensor, seen: int) -> Tensor:
-    """One token (B,) of each row at its position -> logits of the next (B, V). The cache, of which the first places are seen, is
-    written to in place. Query heads that share a key-value head are its queries: no key is copied."""
+    """One decoding step: tokens (B,) at positions (B,) -> logits of the next tokens (B, V). Updates the KV cache in place; attends
+    to its first `seen` positions. Query heads that share a key-value head are grouped as its queries, so that no key is copied."""
     shape, each = decoder.shape, torch.arange(len(tokens), device=tokens.device)
     distance = positions[:, None] - torch.arange(seen, device=tokens.device)  # (B, C)
     masks = {window: ((distance >= 0) & (distance < window if window else True))[:, None, None] for window in set(shape.windows)}
@@ -229,15 +229,15 @@ def decode(decoder, cache: list[Tensor], tokens: Tensor, positions: Tensor, seen
 
 
 def pick(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """(B, V) logits and (B,) random numbers in [0, 1) -> a token of each row and its log-prob, by the inverse of the cumulative
-    distribution: one random number a token."""
+    """(B, V) logits and (B,) random numbers in [0, 1) -> a token for each row and its log-prob, sampled by inverting the
+    cumulative distribution: one random number per token."""
     logits = losses.wide(logits)
     logps = (logits if sampling.temperature in (0, 1) else logits / sampling.temperature).log_softmax(-1)
     if sampling.temperature:
         total = truncated(logps, sampling).exp().cumsum(-1)
-        below = total[:, -1:].nextafter(total.new_zeros(()))  # the product may be rounded up to the whole
+        below = total[:, -1:].nextafter(total.new_zeros(()))  # the product below may round up to the total
         token = torch.searchsorted(total, (uniform[:, None].to(total) * total[:, -1:]).minimum(below), right=True)[:, 0]
-        token = token.clamp(max=logits.shape[1] - 1)  # of logits that are not finite
+        token = token.clamp(max=logits.shape[1] - 1)  # the index is V if logits are not finite
     else:
         token = logits.argmax(-1)
     return token, logps.gather(1, token[:, None])[:, 0]
@@ -258,7 +258,7 @@ def truncated(logps: Tensor, sampling: Sampling) -> Tensor:
 
 
 def look(slots: Slots, strings: tuple, text: Callable | None, watch: Callable | None):
-    """The host's look at what is there: an answer whose text holds a string ends with the token that made it so."""
+    """On the host: end each answer whose text contains a stop string at the token that completed it, and call watch."""
     lengths, over = torch.where(slots.done, slots.length, slots.age).tolist(), [False] * len(slots.answer)
     tokens = slots.tokens[:, :max(lengths)].tolist()
     for slot in slots.live():
@@ -281,8 +281,8 @@ def look(slots: Slots, strings: tuple, text: Callable | None, watch: Callable | 
 
 
 def shaped(rewards: Tensor, size: Tensor, ended: Tensor, cfg) -> Tensor:
-    """Rewards (R,) within reward_clip, less what answers that ran out of room and long ones lose (DAPO, arXiv:2503.14476 eq. 13).
-    size, ended (R,): tokens of an answer, 1 where it ended."""
+    """Rewards (R,) clipped to reward_clip, minus the penalties for missing EOS and for length (DAPO, arXiv:2503.14476 eq. 13).
+    size, ended (R,): an answer's number of tokens; 1 where it ended, else 0."""
     scores = rewards.clamp(-cfg.reward_clip, cfg.reward_clip) if cfg.reward_clip else rewards
     over = (size - (cfg.max_new_tokens - cfg.overlong_buffer)).clamp(min=0) / max(cfg.overlong_buffer, 1)
     return scores - cfg.missing_eos_penalty * (1 - ended) - (cfg.overlong_penalty * over if cfg.overlong_buffer else 0)
@@ -290,7 +290,7 @@ def shaped(rewards: Tensor, size: Tensor, ended: Tensor, cfg) -> Tensor:
 
 class Group(NamedTuple):
     """A prompt and its answers."""
-    example: int  # of the dataset of prompts
+    example: int  # its index in the dataset of prompts
     answers: list[Answer]
     rewards: list[float]  # nan: it could not be had
 
@@ -299,8 +299,8 @@ class Rollout(NamedTuple):
     """Answers to the prompts of the next few steps, the same on every rank."""
     groups: list[Group]
     dataset: data.Dataset  # an example is a prompt with its answers, or with as many of them as a stream holds
-    pieces: list  # of each group, its examples
-    columns: dict[str, Tensor]  # of every action token, in the dataset's order
+    pieces: list  # for each group, the indices of its examples
+    columns: dict[str, Tensor]  # name -> a value for each action token, in the dataset's order
     metrics: dict[str, float]
 
 
@@ -316,7 +316,7 @@ def answered(tokenizer: data.Tokenizer, prompts: list[data.Example], answers: li
 
 
 class Rollouts:
-    """The steps of a run whose rows are prompts: every few of them, new answers of the policy as it is then."""
+    """The steps of a run whose rows are prompts: every few steps, new answers are sampled from the current policy."""
     provides = frozenset({"old_log_probs", "rollout_log_probs", "reference_log_probs", "old_values", "advantages", "returns"})
 
     def __init__(self, run):
@@ -324,10 +324,10 @@ class Rollouts:
         self.machine, self.decoder, self.tokenizer, self.layout = run.machine, run.decoder, run.tokenizer, run.layout
         self.prompts, self.size = run.datasets["train"], cfg.rollout_prompts or cfg.batch_size
         self.minibatches = self.size // cfg.batch_size
-        self.steps = self.minibatches * cfg.rollout_epochs  # of a rollout
+        self.steps = self.minibatches * cfg.rollout_epochs  # steps per rollout
         self.per_epoch = -(-len(self.prompts) // self.size) * self.steps
         self.rewards = reward.rewards(cfg, run.machine, run.tokenizer, run.folder_of)
-        once = self.steps == 1 and not cfg.kl_coef  # log-probs of before the only update are those that it computes itself
+        once = self.steps == 1 and not cfg.kl_coef  # a single update computes the old log-probs itself
         self.outputs = ["log_probs"] * (not once) + ["values"] * ("values" in run.streams)
         self.reference = reference.frozen_reference(run) if cfg.kl_coef or "reference_log_probs" in run.streams else None
         for decoder in [self.decoder] + [self.reference] * bool(self.reference):
@@ -343,7 +343,7 @@ class Rollouts:
         return self.now.metrics
 
     def rows(self, step: int) -> tuple[data.Dataset, np.ndarray]:
-        """The examples of a step, counted from 0. At the first one of a rollout, the answers are made."""
+        """The dataset and the examples of a step, counted from 0. The first step of a rollout generates its answers."""
         nth = step % self.steps
         if nth == 0:
             self.now = self.make()
@@ -353,7 +353,7 @@ class Rollouts:
         return self.now.dataset, np.concatenate([self.now.pieces[i] for i in mine])
 
     def add(self, batches: list[dict]):
-        """The columns of a step."""
+        """Add the rollout's columns to the micro-batches of a step."""
         for batch in batches:
             batch["old_log_probs"] = None
             batch.update({name: column[batch["scored_index"]] for name, column in self.now.columns.items()})
@@ -387,7 +387,7 @@ class Rollouts:
         return self.with_columns(made, clock, begin)
 
     def draw(self, places: range, clock: Counter) -> list[Group]:
-        """The prompts at these places of the run: each rank answers and rewards its share, then all are on every rank."""
+        """Groups for the prompts at these places of the run: each rank answers and rewards its share, every rank gets all."""
         cfg, machine, begin = self.cfg, self.machine, time.perf_counter()
         orders = {epoch: data.epoch_order(self.prompts, epoch, cfg.seed)
                   for epoch in {place // len(self.prompts) for place in places}}
@@ -411,7 +411,7 @@ class Rollouts:
         return [Group(example, every[rank][i], [*map(number, said[rank][i])]) for example, (rank, i) in zip(chosen, at)]
 
     def assemble(self, groups: list[Group]) -> Rollout:
-        """Groups as examples that fit into a stream: where the answers to a prompt do not, it is there more than once."""
+        """Groups as examples that fit into a stream: a prompt whose answers do not all fit is in several of them."""
         examples, pieces = [], []
         for g in groups:
             whole = data.with_responses(self.prompts.examples[g.example], [np.array(a.ids, np.int32) for a in g.answers])
@@ -421,8 +421,8 @@ class Rollouts:
         return Rollout(groups, data.as_dataset(examples, Counter()), pieces, {}, {})
 
     def with_columns(self, made: Rollout, clock: Counter, begin: float) -> Rollout:
-        """The policy's log-probs (if it is updated more than once) and values of before, the reference's log-probs, and what
-        follows from rewards."""
+        """Add columns: the policy's old log-probs (if updated more than once, or for kl_coef) and old values, the reference's
+        log-probs, and the advantages and returns that follow from rewards."""
         cfg, forward = self.cfg, time.perf_counter()
 
         def of(batch):
@@ -465,7 +465,7 @@ class Rollouts:
         return made._replace(columns=columns, metrics=metrics)
 
     def save(self, folder: Path, step: int) -> dict:
-        """What carries over steps; in the middle of a rollout, the rollout too."""
+        """The state that carries over from step to step; in the middle of a rollout, the rollout is saved too."""
         if step % self.steps:
             answers = [answer for g in self.now.groups for answer in g.answers]
             save_file({**self.now.columns, "example": torch.tensor([g.example for g in self.now.groups]),
@@ -492,8 +492,8 @@ class Rollouts:
 
 
 def copied(decoder, sampler, dtype: torch.dtype):
-    """The decoder itself where it computes in its weights' dtype; else a copy of its language model in the lower one: the sampler
-    made before, if there is one, with the weights of now."""
+    """The decoder itself, unless the compute dtype has 16 bits; then a copy of its language model in that dtype: a new one, or the
+    sampler given, with its weights updated to the decoder's."""
     if dtype not in (torch.bfloat16, torch.float16):
         return decoder
     if sampler is None:

@@ -51,7 +51,7 @@ def language_model(name: str, cfg) -> reward.Scorer:
 
 
 def answers_to(prompts: list[list[int]], policy: reward.Scorer, cfg, n: int = 1, **options) -> list[list[rollout.Answer]]:
-    """As the config's sampling keys have it; the i-th prompt's are a function of (seed, i)."""
+    """Answers by the config's sampling keys; the random numbers for the i-th prompt are a function of (seed, i)."""
     return rollout.answers_to(
         prompts, policy.decoder, policy.tokenizer, cfg, n=n, sampling=rollout.Sampling.of(cfg),
         keys=[(cfg.seed, i) for i in range(len(prompts))], compiled=policy.machine.compiled,
@@ -64,7 +64,7 @@ def ids_of(prompt: str | list, tokenizer: data.Tokenizer) -> list[int]:
 
 
 def asked(options, policy: reward.Scorer, cfg) -> list[data.Example]:
-    """The prompts of --data, or that of --prompt (the user's message, behind --system, where there is a chat template)."""
+    """The prompts of --data, or the one of --prompt, after --system (with a chat template, as the user's message)."""
     if options.prompt is None:
         return data.load(options.data, "prompts", policy.tokenizer, cfg).examples[:]
     prompt = data.with_system({"system": options.system}, options.prompt, bool(policy.tokenizer.chat_template))
@@ -78,7 +78,7 @@ def generate(options, cfg):
 
 
 def typed(text: str, column: int) -> int:
-    """Words to the terminal, broken between them at 79 columns. Returns where they end."""
+    """Print text from a column on, wrapped between words at 79 columns. Returns the column where it ends."""
     for word in re.findall(r"\n|[^\s]+|[^\S\n]+", text):
         if column and column + len(word) > 79:
             print()
@@ -106,7 +106,7 @@ def chat(options, cfg):
         def watch(row, new):
             nonlocal said, shown, column
             said = tokenizer.decode(new).rstrip("\ufffd")  # of a character that is not whole
-            whole = max(said.rfind(" ") + 1, said.rfind("\n") + 1, len(said) - 15, shown)  # words, or what has none
+            whole = max(said.rfind(" ") + 1, said.rfind("\n") + 1, len(said) - 15, shown)  # whole words, or part of a long one
             column, shown = typed(said[shown:whole], column), whole
         with contextlib.suppress(KeyboardInterrupt):  # what was said so far stays
             of_turn = types.SimpleNamespace(**{**vars(cfg), "seed": cfg.seed + turn})
@@ -152,7 +152,7 @@ def score(options, cfg):
 
 
 def report_steps(found: list[list], dataset: data.Dataset):
-    """How often the first wrong step is found, of solutions that have one, that have none, and the F1 of both."""
+    """Print how often the first wrong step is found in solutions with one, how often the others pass, and the F1 of both."""
     hits = {True: [], False: []}
     for said, e in zip(found, dataset.examples):
         for one, labels, scored in zip(said, e.labels, e.scored):
@@ -164,7 +164,7 @@ def report_steps(found: list[list], dataset: data.Dataset):
 
 
 def judged(options, policy: reward.Scorer, scorer, check, cfg) -> list[dict]:
-    """Of each prompt n answers, their rewards (where there is a scorer), and whether they are right (where there is a check)."""
+    """For each prompt n answers, their rewards (if there is a scorer), and whether they are right (if there is a check)."""
     judge = reward.by_model(scorer, policy.tokenizer) if scorer else None  # an error now, not behind the answers
     prompts = asked(options, policy, cfg)
     answers = answers_to([e.prompt.tolist() for e in prompts], policy, cfg, options.n, show="answers")
@@ -225,8 +225,8 @@ def beside(line: dict) -> str:
 
 
 def merge(options, cfg):
-    """A folder with the mean of two models' weights, tensor by tensor (model soups, arXiv:2203.05482), --weight of it the first
-    one's; without --other, a copy, in another dtype if that is asked for."""
+    """Write a folder with the weighted mean of two models' weights, tensor by tensor (model soups, arXiv:2203.05482); --weight is
+    the share of the first. Without --other, a copy, in another dtype if that is asked for."""
     out, one = Path(options.out), opened(options.model, cfg)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out={options.out} is there already; name another folder")
