@@ -2,8 +2,8 @@
 
     python train.py --config configs/prm.py
 
-About 20 seconds after the SFT stage. 0.98 of held-out steps are judged right, and the first wrong one is found in 0.96 of
-the solutions that have one (seed 0), as this says:
+About 20 seconds after the SFT stage. 0.98 to 0.99 of held-out steps are judged right, and the first wrong one is found in
+0.96 to 0.98 of the solutions that have one (seed 0), as this says:
 
     python sample.py score --model=out/prm --data=tasks/arithmetic/steps_eval.jsonl --out=steps.jsonl
 """

@@ -1,8 +1,8 @@
-"""AOT on what is chosen and what is rejected of SmolLM2-135M-Instruct on pairs.
+"""AOT, chosen and rejected responses sorted apart: SmolLM2-135M-Instruct on pairs.
 
     python train.py --config configs/smollm2/aot_unpaired.py --train_data=hh-harmless-test.jsonl.gz
 
-The values are a beginning: a whole run was not made.
+Starting values: they have not been tried in a whole run.
 """
 from configs.smollm2.dpo import *
 

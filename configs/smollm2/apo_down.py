@@ -1,8 +1,8 @@
-"""APO-down of SmolLM2-135M-Instruct on pairs.
+"""APO-down: SmolLM2-135M-Instruct on pairs.
 
     python train.py --config configs/smollm2/apo_down.py --train_data=hh-harmless-test.jsonl.gz
 
-The values are a beginning: a whole run was not made.
+Starting values: they have not been tried in a whole run.
 """
 from configs.smollm2.dpo import *
 

@@ -1,8 +1,8 @@
-"""BCO on rows with a label of SmolLM2-135M-Instruct.
+"""BCO: SmolLM2-135M-Instruct on rows with a label.
 
     python train.py --config configs/smollm2/bco.py --train_data=kto-en.json
 
-The values are a beginning: a whole run was not made.
+Starting values: they have not been tried in a whole run.
 """
 from configs.smollm2.kto import *
 

@@ -1,8 +1,8 @@
-"""CISPO of SmolLM2-135M-Instruct on GSM8K's questions.
+"""CISPO: SmolLM2-135M-Instruct on GSM8K's questions.
 
     python train.py --config configs/smollm2/cispo.py --train_data=gsm8k-train.jsonl
 
-The values are a beginning: a whole run was not made.
+Starting values: they have not been tried in a whole run.
 """
 from configs.smollm2.grpo import *
 

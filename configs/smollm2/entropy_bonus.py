@@ -1,8 +1,8 @@
-"""GRPO with a KL and an entropy term of SmolLM2-135M-Instruct on GSM8K's questions.
+"""GRPO with a KL and an entropy term: SmolLM2-135M-Instruct on GSM8K's questions.
 
     python train.py --config configs/smollm2/entropy_bonus.py --train_data=gsm8k-train.jsonl
 
-The values are a beginning: a whole run was not made.
+Starting values: they have not been tried in a whole run.
 """
 from configs.smollm2.grpo import *
 

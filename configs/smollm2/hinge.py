@@ -1,8 +1,8 @@
-"""SLiC-HF's hinge of SmolLM2-135M-Instruct on pairs.
+"""SLiC-HF's hinge: SmolLM2-135M-Instruct on pairs.
 
     python train.py --config configs/smollm2/hinge.py --train_data=hh-harmless-test.jsonl.gz
 
-The values are a beginning: a whole run was not made.
+Starting values: they have not been tried in a whole run.
 """
 from configs.smollm2.dpo import *
 

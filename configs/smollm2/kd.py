@@ -1,8 +1,8 @@
-"""Distillation of SmolLM2-360M-Instruct into the 135M model, on rows that sft takes of SmolLM2-135M.
+"""Distillation of SmolLM2-360M-Instruct into SmolLM2-135M, on any rows that sft takes.
 
     python train.py --config configs/smollm2/kd.py --train_data=alpaca-en.json
 
-The values are a beginning: a whole run was not made.
+Starting values: they have not been tried in a whole run.
 """
 from configs.smollm2.sft import *
 

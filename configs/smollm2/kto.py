@@ -1,8 +1,8 @@
-"""KTO of SmolLM2-135M-Instruct, on rows with a label or on pairs taken apart.
+"""KTO: SmolLM2-135M-Instruct on rows with a label, or on pairs, each split into its two responses.
 
     python train.py --config configs/smollm2/kto.py --train_data=kto-en.json
 
-The values are a beginning: a whole run was not made.
+Starting values: they have not been tried in a whole run.
 """
 from configs.smollm2.dpo import *
 

@@ -1,8 +1,8 @@
-"""KTO with the other class for a baseline of SmolLM2-135M-Instruct.
+"""KTO with the mean of the other class as its baseline: SmolLM2-135M-Instruct.
 
     python train.py --config configs/smollm2/kto_vanilla.py --train_data=kto-en.json
 
-The values are a beginning: a whole run was not made.
+Starting values: they have not been tried in a whole run.
 """
 from configs.smollm2.kto import *
 

@@ -1,8 +1,8 @@
-"""`sft` from logits of SmolLM2-135M.
+"""`sft` computed from logits: SmolLM2-135M.
 
     python train.py --config configs/smollm2/lm.py --train_data=alpaca-en.json
 
-The values are a beginning: a whole run was not made.
+Starting values: they have not been tried in a whole run.
 """
 from configs.smollm2.sft import *
 

@@ -1,8 +1,8 @@
-"""NCA of SmolLM2-135M-Instruct on pairs.
+"""NCA: SmolLM2-135M-Instruct on pairs.
 
     python train.py --config configs/smollm2/nca_pair.py --train_data=hh-harmless-test.jsonl.gz
 
-The values are a beginning: a whole run was not made.
+Starting values: they have not been tried in a whole run.
 """
 from configs.smollm2.dpo import *
 

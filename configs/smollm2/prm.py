@@ -1,8 +1,8 @@
-"""A process reward model on Math-Shepherd's, PRM800K's or stepwise rows.
+"""A process reward model, on rows of Math-Shepherd or PRM800K, or stepwise ones.
 
     python train.py --config configs/smollm2/prm.py --train_data=math-shepherd.jsonl
 
-The values are a beginning: a whole run was not made.
+Starting values: they have not been tried in a whole run.
 """
 objective = "prm"
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -1,4 +1,4 @@
-"""A reward model of SmolLM2-135M-Instruct.
+"""A reward model from SmolLM2-135M-Instruct.
 
     python train.py --config configs/smollm2/rm.py --train_data=hh-harmless-test.jsonl.gz
 

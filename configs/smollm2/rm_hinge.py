@@ -1,8 +1,8 @@
-"""A reward model with a hinge from SmolLM2-135M-Instruct.
+"""A reward model with a hinge loss, from SmolLM2-135M-Instruct.
 
     python train.py --config configs/smollm2/rm_hinge.py --train_data=hh-harmless-test.jsonl.gz
 
-The values are a beginning: a whole run was not made.
+Starting values: they have not been tried in a whole run.
 """
 from configs.smollm2.rm import *
 

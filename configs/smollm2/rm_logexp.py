@@ -1,8 +1,8 @@
-"""A reward model, log(1 + exp(-margin)) from SmolLM2-135M-Instruct.
+"""A reward model with log(1 + exp(-margin)), from SmolLM2-135M-Instruct.
 
     python train.py --config configs/smollm2/rm_logexp.py --train_data=hh-harmless-test.jsonl.gz
 
-The values are a beginning: a whole run was not made.
+Starting values: they have not been tried in a whole run.
 """
 from configs.smollm2.rm import *
 

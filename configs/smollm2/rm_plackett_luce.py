@@ -1,8 +1,8 @@
-"""A reward model on rankings {prompt, responses}, best first, or pairs from SmolLM2-135M-Instruct.
+"""A reward model from SmolLM2-135M-Instruct, on rankings {prompt, responses}, best first, or on pairs.
 
     python train.py --config configs/smollm2/rm_plackett_luce.py --train_data=hh-harmless-test.jsonl.gz
 
-The values are a beginning: a whole run was not made.
+Starting values: they have not been tried in a whole run.
 """
 from configs.smollm2.rm import *
 

@@ -1,8 +1,8 @@
-"""Robust DPO, a tenth of the labels taken to be flipped of SmolLM2-135M-Instruct on pairs.
+"""Robust DPO, which takes a tenth of the labels to be flipped: SmolLM2-135M-Instruct on pairs.
 
     python train.py --config configs/smollm2/robust.py --train_data=hh-harmless-test.jsonl.gz
 
-The values are a beginning: a whole run was not made.
+Starting values: they have not been tried in a whole run.
 """
 from configs.smollm2.dpo import *
 

@@ -2,7 +2,7 @@
 
     python train.py --config configs/smollm2/sft.py --train_data=alpaca-en.json
 
-The values are a beginning: a whole run was not made.
+Starting values: they have not been tried in a whole run.
 """
 objective = "sft"
 init_from = "HuggingFaceTB/SmolLM2-135M"

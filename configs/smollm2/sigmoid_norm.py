@@ -1,8 +1,8 @@
-"""Length-normalised DPO with Tulu 3's values of SmolLM2-135M-Instruct on pairs.
+"""Length-normalised DPO with Tulu 3's values: SmolLM2-135M-Instruct on pairs.
 
     python train.py --config configs/smollm2/sigmoid_norm.py --train_data=hh-harmless-test.jsonl.gz
 
-The values are a beginning: a whole run was not made.
+Starting values: they have not been tried in a whole run.
 """
 from configs.smollm2.dpo import *
 

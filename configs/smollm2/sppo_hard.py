@@ -1,8 +1,8 @@
-"""SPPO with hard labels of SmolLM2-135M-Instruct on pairs.
+"""SPPO with hard labels: SmolLM2-135M-Instruct on pairs.
 
     python train.py --config configs/smollm2/sppo_hard.py --train_data=hh-harmless-test.jsonl.gz
 
-The values are a beginning: a whole run was not made.
+Starting values: they have not been tried in a whole run.
 """
 from configs.smollm2.dpo import *
 
