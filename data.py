@@ -22,7 +22,7 @@ import tempfile
 import traceback
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -205,11 +205,11 @@ def with_system(row: dict, prompt: str | list, chat: bool) -> str | list:
 
 
 def split_messages(messages: list[dict], train_on: str) -> tuple[list, list]:
-    """Conversation -> (prompt, response), which begins at the last assistant turn, or ("all") the first that answers something."""
+    """Conversation -> (prompt, response), which begins at the last assistant turn, or ("all") the first."""
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns:
         raise ValueError("no message of an assistant to train on")
-    first = next(filter(None, turns), 0) if train_on == "all" else turns[-1]
+    first = turns[0] if train_on == "all" else turns[-1]
     return messages[:first], messages[first:turns[-1] + 1]
 
 
@@ -647,6 +647,10 @@ def render(draft: Draft, tokenizer: Tokenizer, train_on: str, tools: list | None
         bare = lambda r: r.rstrip() if r.rstrip().endswith(tokenizer.eos_token) else r  # whitespace after EOS is dropped
         return draft.prompt, [(bare(r), None) if isinstance(r, str) else ("".join(s.text for s in r), r) for r in draft.responses]
     rendered = functools.partial(tokenizer.render, tools=tools)
+    if not draft.prompt and len(draft.responses) == 1 and not opens(draft.responses[0], rendered):
+        turns = draft.responses[0]
+        second = next((i for i, m in enumerate(turns) if i and m["role"] == "assistant"), len(turns))
+        draft = draft._replace(prompt=turns[:second], responses=[turns[second:]])
     prompt = rendered(draft.prompt, add_generation_prompt=True)
     responses = []
     for turns in draft.responses:
@@ -666,6 +670,15 @@ def render(draft: Draft, tokenizer: Tokenizer, train_on: str, tools: list | None
             raise ValueError("no message of an assistant to train on")
         responses.append((text[begin:begin + spans[-1][1]], spans))
     return prompt, responses
+
+
+def opens(messages: list[dict], rendered: Callable) -> bool:
+    """Whether the template can prompt for the greeting that a conversation begins with; otherwise the greeting is context."""
+    try:
+        header, text = rendered([], add_generation_prompt=True), rendered(messages[:1], add_generation_prompt=False)
+    except ValueError:  # a template that needs a message
+        return False
+    return text.startswith(header) and text[len(header):].lstrip().startswith((messages[0]["content"] or "").strip())
 
 
 def check_said(m: dict, text: str):

@@ -1039,9 +1039,10 @@ def test_turns_that_say_so_are_not_trained(flag, tmp_path):
         one(tmp_path, {"messages": [U("1"), {**A("2"), **flag}]}, tokenizer)
 
 
-def test_a_greeting_is_not_trained(tmp_path):
-    """It answers nothing: what the template makes of no message need not be what it begins with."""
-    template = "{% if messages %}9+9={% endif %}{% for m in messages %}{{ m.content + ('=' if m.role == 'user' else '') }}{% endfor %}"
+@pytest.mark.parametrize("system", ["{% if messages %}9+9={% endif %}", "{{ '9+9=' if messages[0].role != 'system' }}"])
+def test_a_greeting_that_the_template_cannot_ask_for_is_context(system, tmp_path):
+    """What it makes of no message is not what the conversation begins with, or an error."""
+    template = system + "{% for m in messages %}{{ m.content + ('=' if m.role == 'user' else '') }}{% endfor %}"
     tokenizer = with_template(tmp_path, ARITHMETIC, template)
     example, _ = one(tmp_path, {"messages": [A("8"), U("1"), A("2"), U("3"), A("4")]}, tokenizer)
     assert tokenizer.decode(example.prompt.tolist()) == "9+9=81=" and len(runs(tokenizer, example.responses[0], example.scored[0])) == 2
