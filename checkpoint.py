@@ -113,7 +113,7 @@ def hold(out: Path, machine, alone: bool = True):
         except OSError:  # a read-only stage folder, or a filesystem without locks
             pass
     if machine.any(busy):
-        raise ValueError(f"{out}: another run is at work there, or begins from it; wait for its end, or name another out_dir")
+        raise ValueError(f"{out}: another run is writing there or has started from it; wait until it ends or name another out_dir")
 
 
 def finished_already(out: Path, now: dict, say: Callable) -> bool:
@@ -122,14 +122,14 @@ def finished_already(out: Path, now: dict, say: Callable) -> bool:
     before, over = run_json(out).get("settings", {}), finished(out)
     changed = config.changes(before, now) if before else []
     if before and before["weights"].keys() != now["weights"].keys():
-        raise ValueError(f"{out}: {'+'.join(before['weights'])} was trained there, and this is {'+'.join(now['weights'])}; name "
-                         f"another --out_dir")
+        raise ValueError(f"{out}: {'+'.join(before['weights'])} was trained there, and this run trains "
+                         f"{'+'.join(now['weights'])}; name another --out_dir")
     if over and not changed:
         say(f"{out} is finished already: {out / 'model'}")
     elif over and not found(out):
         raise ValueError(f"{out} is finished and holds no checkpoint to go on from ({'; '.join(changed)}); name another --out_dir")
     elif changed:
-        say(f"{out} goes on with other settings than before: {'; '.join(changed)}")
+        say(f"{out} continues with changed settings: {'; '.join(changed)}")
     return over and not changed
 
 
@@ -190,8 +190,8 @@ def resume(out: Path, state: State, machine, say: Callable, steps: int, settings
     folder, step = newest(out)
     before = run_json(out).get("settings", {}) | {"save_dtype": settings["save_dtype"]}  # a change of it needs no step
     if step > steps or step == steps and finished(out) and config.changes(before, settings):
-        raise ValueError(f"{out}: its newest checkpoint is of step {step}, and the run ends at {steps}: no step is left for the "
-                         f"settings of now; raise max_steps or epochs, or name another --out_dir")
+        raise ValueError(f"{out}: its newest checkpoint is of step {step}, and the run ends at step {steps}: no step is left to "
+                         f"train with the settings given; raise max_steps or epochs, or name another --out_dir")
     machine.barrier()
     say(f"resuming from {folder}" if folder else f"{out} holds no checkpoint: starting from step 0")
     if folder:
@@ -249,6 +249,6 @@ def read(folder: Path, decoder: model.Decoder) -> list[dict]:
     parts[0] |= parts[3] if len(parts) > 3 else {}
     other = [name for name, p in decoder.named_parameters() if name not in parts[0] or parts[0][name].shape != p.shape]
     if other:
-        raise ValueError(f"{folder / 'model.safetensors'}: {other[0]} is not that of this model; another one was trained there, "
+        raise ValueError(f"{folder / 'model.safetensors'}: {other[0]} does not fit this model; another model was trained there: "
                          f"name another --out_dir")
     return parts[:3]

@@ -250,7 +250,7 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
         weights[key] = checked(f"objective[{key!r}]", weight, float, source.get("objective", "config"))
     if values["nll_coef"]:
         if "sft" in weights:
-            raise ValueError(f"{source['nll_coef']}: nll_coef adds the sft loss, which the objective already has")
+            raise ValueError(f"{source['nll_coef']}: nll_coef adds the sft loss, which the objective already has; use one of them")
         weights["sft"] = checked("nll_coef", values["nll_coef"], float, source["nll_coef"])
     hyperparameters = {}  # key -> the (loss, hyperparameter) pairs it sets: `beta` in all losses, `simpo_beta` in simpo only
     for name in weights:
@@ -264,12 +264,13 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
         elif key in hyperparameters:
             defaults = [OBJECTIVES[name].hyperparameters[hyperparameter] for name, hyperparameter in hyperparameters[key]]
             unset = any(f"{name}_{key}" not in source for name, _ in hyperparameters[key])
+            having = " and ".join(name for name, _ in hyperparameters[key])
             if unset and any(default != defaults[0] for default in defaults):
-                raise ValueError(f"{where}: {key} is not the same thing in {' and '.join(weights)}; set "
-                                 f"{' and '.join('_'.join(pair) for pair in hyperparameters[key])} apart")
+                raise ValueError(f"{where}: {key} has more than one default among {having}; set "
+                                 f"{' and '.join('_'.join(pair) for pair in hyperparameters[key])} separately")
             values[key] = checked(key, values[key], type(defaults[0]), where)
             if all(source.get(f"{name}_{key}") == where for name, _ in hyperparameters[key]):
-                raise ValueError(f"{where}: {key} sets nothing, each of {' and '.join(weights)} has its own; leave it out")
+                raise ValueError(f"{where}: {key} has no effect, each of {having} has its own; leave it out")
             for name, hyperparameter in hyperparameters[key]:
                 try:
                     check(OBJECTIVES[name], {hyperparameter: values[key]})
@@ -280,7 +281,7 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
             if owners:
                 raise ValueError(f"{where}: {'+'.join(weights)} has no hyperparameter {key!r} (it belongs to {', '.join(owners)})")
             raise ValueError(f"{where}: unknown key {key!r:.40}.{suggestion(key, [*TYPES, *hyperparameters], ELSEWHERE)} "
-                             f"`python train.py --help` lists every key; in a file, _names are none")
+                             f"`python train.py --help` lists every key; in a config file, other names have to begin with _")
     given = {key: values[key] for key in source}
     bound = {name: {k: given.get(f"{name}_{k}", given.get(k, default)) for k, default in OBJECTIVES[name].hyperparameters.items()}
              for name in weights}
@@ -346,22 +347,22 @@ def has(cfg: types.SimpleNamespace, hyperparameter: str) -> bool:
 NEEDS = {  # key -> (whether the key is used, given the config and the streams that losses read; what it needs to be used)
     **dict.fromkeys(("reward", "bad_rewards", "rollout_prompts", "rollout_epochs", "samples_per_prompt", "advantages",
                      "reward_clip", "missing_eos_penalty", "overlong_buffer", "filter_groups", "kl_coef", "top_k", "top_p",
-                     "min_p"), (rolls, "a loss on prompts")),
+                     "min_p"), (rolls, "a loss on prompts (such as ppo)")),
     **dict.fromkeys(("rollout_batch", "stop"),
-                    (lambda cfg, read: rolls(cfg) or cfg.eval_prompts, "a loss on prompts or eval_prompts")),
-    "temperature": (rolls, "a loss on prompts, or distillation"),
+                    (lambda cfg, read: rolls(cfg) or cfg.eval_prompts, "a loss on prompts (such as ppo) or eval_prompts")),
+    "temperature": (rolls, "a loss on prompts (such as ppo) or distillation"),
     "reward_workers": (lambda cfg, read: any(map(callable, rewards(cfg))), "a reward that is a function"),
     "reward_timeout": (lambda cfg, read: cfg.reward_workers, "reward_workers"),
     "overlong_penalty": (lambda cfg, read: cfg.overlong_buffer, "overlong_buffer"),
     "filter_rounds": (lambda cfg, read: cfg.filter_groups, "filter_groups"),
     "gamma": (lambda cfg, read: rolls(cfg) and ("values" in read or ADVANTAGES[cfg.advantages].ahead),
-              "advantages or a critic that look ahead"),
+              "the value loss, or advantages that count future rewards"),
     "lam": (lambda cfg, read: ADVANTAGES[cfg.advantages].critic, "advantages = 'gae'"),
     "kl_target": (lambda cfg, read: cfg.kl_coef, "kl_coef"), "kl_horizon": (lambda cfg, read: cfg.kl_target, "kl_target"),
     **dict.fromkeys(("critic", "critic_lr", "critic_warmup"), (lambda cfg, read: "values" in read, "the value loss")),
     "reference": (lambda cfg, read: "reference_log_probs" in read or cfg.kl_coef, "a loss that reads a reference, or kl_coef"),
     "reference_live": (lambda cfg, read: "reference_log_probs" in read and not rolls(cfg),
-                       "a loss on fixed rows that reads a reference"),
+                       "a loss that reads a reference, on fixed rows and not on rollouts"),
     "head_memory": (lambda cfg, read: "log_probs" in read and "entropy" not in read, "a loss on log-probs and not on entropies"),
     **dict.fromkeys(("teacher", "teacher_top_k"), (lambda cfg, read: "teacher_logits" in read, "distillation")),
 }
@@ -378,13 +379,13 @@ def check_complete(cfg: types.SimpleNamespace, read: set[str], language: bool):
         (cfg.eval_prompts and not (cfg.check or cfg.reward),
          "eval_prompts need check, a function (prompt, completion, row) -> bool in the config file"),
         (cfg.eval_prompts and not language,
-         f"eval_prompts are answered by a language model, and {losses} trains one without its head"),
+         f"eval_prompts need a language model to answer them, and {losses} trains a model without its head; leave them out"),
         ("teacher_logits" in read and not cfg.teacher, "distillation needs teacher, a model folder or a config file"),
         (cfg.teacher_top_k and any(given.get("jsd_beta") == 1 for given in cfg.bound.values()),
          "teacher_top_k with jsd_beta = 1: the reverse KL asks for the teacher's probability of every token that the student "
          "takes, and only its highest are kept; leave out one of the two"))
     rollouts = (
-        (cfg.eval_data and cfg.eval_prompts, "eval_data and eval_prompts are both prompts to answer here; name one of them"),
+        (cfg.eval_data and cfg.eval_prompts, "eval_data and eval_prompts are both prompts to answer here; set only one of them"),
         (not cfg.reward,
          "rollouts need reward: a function (prompt, completion, row) -> number in the config file, or the folder of a reward "
          "model"),
@@ -392,15 +393,15 @@ def check_complete(cfg: types.SimpleNamespace, read: set[str], language: bool):
                  for what, weight in rewards(cfg).items()),
          f"reward = {cfg.reward!r}; expected a function, the folder or config of a reward model, or {{either: weight}}"),
         (not language, f"{losses} trains a critic and no policy; expected both, as in objective = {{'ppo': 1.0, 'value': 0.5}}"),
-        (cfg.temperature == 0, "temperature = 0 answers a prompt in one way only; rollouts draw theirs: set it above 0"),
+        (cfg.temperature == 0, "temperature = 0 gives each prompt one fixed answer, but rollouts have to sample; set it above 0"),
         (cfg.gamma > 1, f"gamma = {cfg.gamma}: a reward would count more the later it comes; set it to at most 1"),
         (cfg.rollout_prompts % cfg.batch_size,
-         f"rollout_prompts = {cfg.rollout_prompts} are no whole number of steps of batch_size = {cfg.batch_size}"),
+         f"rollout_prompts = {cfg.rollout_prompts}; expected a multiple of batch_size = {cfg.batch_size}"),
         (estimator.critic and "values" not in read,
          f"advantages = {cfg.advantages!r} needs a critic: objective = {{..., 'value': 0.5}}; or name other advantages: "
          f"{others}"),
         (estimator.group and cfg.samples_per_prompt < 2,
-         f"advantages = {cfg.advantages!r} compare the answers to one prompt; set samples_per_prompt above 1"))
+         f"advantages = {cfg.advantages!r} compares several answers to the same prompt; set samples_per_prompt above 1"))
     for wrong, said in always + rollouts * rolls(cfg):
         if wrong:
             raise ValueError(said)
@@ -410,7 +411,7 @@ def data_kind(cfg: types.SimpleNamespace) -> str:
     kinds = {OBJECTIVES[name].data for name in cfg.weights} - {None} or {"sft"}
     imitating = [name for name in cfg.weights if OBJECTIVES[name].data is None]
     for kind in kinds & {"prompts", "prm"} if imitating else ():
-        raise ValueError(f"objective {'+'.join(cfg.weights)}: rows of {kind} show no response that {imitating[0]} could imitate")
+        raise ValueError(f"objective {'+'.join(cfg.weights)}: {kind} rows have nothing for {imitating[0]} to imitate; drop it")
     if len(kinds) > 1:
         raise ValueError(f"objective {cfg.objective}: these losses need different rows ({', '.join(sorted(kinds))})")
     return kinds.pop()
@@ -437,7 +438,7 @@ def check_folders(cfg: types.SimpleNamespace):
     for name, folder in {"this run": cfg.out_dir, **stages(cfg)}.items():  # a stage that is named twice is one
         path = Path(os.path.realpath(folder))
         for other in [other for other, its in taken.items() if path.is_relative_to(its) or its.is_relative_to(path)]:
-            raise ValueError(f"{other} and {name} would both write to out_dir = {folder!r}; give each its own, none in another")
+            raise ValueError(f"{other} and {name} would both write to out_dir = {folder!r}; give each its own folder, none nested")
         taken[name] = path
 
 
@@ -516,7 +517,7 @@ def settings(cfg: types.SimpleNamespace, above: tuple = ()) -> dict:
     kept = {key: value for key, value in as_json(cfg).items() if key not in apart} | {"dtype": machine(cfg)[1]}
     for path in stage_files(cfg):
         if path in above:
-            raise ValueError(f"{path} begins with its own result: {' <- '.join([*above, path])}")
+            raise ValueError(f"{path} needs its own result to start: {' <- '.join([*above, path])}; break the cycle")
         kept[path] = hashed(settings(load_stage(path, cfg), (*above, path)))
     return json.loads(json.dumps(kept))
 

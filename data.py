@@ -81,7 +81,7 @@ def rows_of(file: str, bar) -> Iterator[tuple[str, object]]:
             try:
                 json.loads(first)
             except ValueError:
-                raise ValueError("neither an array of rows nor a row a line") from None
+                raise ValueError("expected a JSON array of rows, or one row per line") from None
         for i, line in enumerate(lines, 1):
             bar.update(before + raw.tell() - bar.n)
             if line.strip():
@@ -138,7 +138,7 @@ def called(m: dict, key: str) -> list[dict]:
         function, outer = objects(call.get("function") or call, key)[0], call if "function" in call else {}
         arguments = from_json(function.get("arguments"), "arguments") or {}
         if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
-            raise ValueError(f"{key!r} should be functions with a name and arguments, found {str(call)[:60]!r}")
+            raise ValueError(f"{key!r} should be calls with a name and an object of arguments, found {str(call)[:60]!r}")
         calls.append({"type": "function", **outer, "function": {**function, "arguments": arguments}})
     return calls
 
@@ -208,7 +208,7 @@ def split_messages(messages: list[dict], train_on: str) -> tuple[list, list]:
     """Conversation -> (prompt, response), which begins at the last assistant turn, or ("all") the first."""
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns:
-        raise ValueError("no message of an assistant to train on")
+        raise ValueError("no assistant message to train on")
     first = turns[0] if train_on == "all" else turns[-1]
     return messages[:first], messages[first:turns[-1] + 1]
 
@@ -266,8 +266,8 @@ def sft_row(row: dict, train_on: str, chat: bool) -> Draft:
         return Draft(prompt, [response], [True])
     elif "text" in row and not ("instruction" in row and "output" in row):
         if part := first_of(("role", "parent_id", "code"), row):
-            raise ValueError(f"'text' beside {part!r} is a part of something, and would be trained as a whole; make prompt and "
-                             f"completion of it, or messages")
+            raise ValueError(f"'text' beside {part!r} looks like only one part of an example, but all of it would be trained; "
+                             f"write it as prompt and completion, or as messages")
         return Draft("", [text_field(row, "text")], [True])
     else:  # a prompt beside an instruction is that instruction, formatted
         keys, answer = (*QUESTIONS[:-1], "prompt", QUESTIONS[-1]), first_of(ANSWERS, row)
@@ -339,15 +339,15 @@ def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
             raise ValueError("'chosen' and 'rejected' should both be text or both be messages")
         length, own = shared_prompt(chosen, rejected), prompt
         if own is not None and not (all(whole) and length):
-            raise ValueError("'chosen' and 'rejected' begin differently, and one of them with a prompt of its own")
+            raise ValueError("'chosen' and 'rejected' begin differently, at least one with a prompt; leave that to its own column")
         others = {k: v for k, v in row.items() if k not in ("chosen", "rejected") and v and isinstance(v, (str, list, dict))}
         if not length and others:
-            raise ValueError(f"'chosen' and 'rejected' begin differently and no column is the prompt; found keys {list(row)}; "
-                             f"name it 'prompt', which may be empty")
+            raise ValueError(f"'chosen' and 'rejected' begin differently and no column is known as the prompt; found keys "
+                             f"{list(row)}; rename that column to 'prompt', which may be empty")
         aside = [k for k, v in others.items() if like_a_prompt(v, length)] if own is None and not any(whole) else ()
         if aside:
-            raise ValueError(f"'chosen' and 'rejected' share their first {length} characters, and {aside[0]!r} looks like the "
-                             f"prompt: name it 'prompt'; if it is none, leave it out")
+            raise ValueError(f"'chosen' and 'rejected' share their first {length} characters (or messages), but {aside[0]!r} "
+                             f"looks like the prompt: rename it to 'prompt', or remove it if it is something else")
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
         if isinstance(own, list) and own[-length:] == prompt:  # they repeat the end of it
             prompt = own
@@ -389,10 +389,10 @@ def step_label(value) -> float:
 
 def as_steps(texts: list, labels: list | None) -> list[Step]:
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f"steps should be a list of texts, found {str(texts)[:60]!r}")
+        raise ValueError(f"steps should be a list of one or more texts, none of them empty, found {str(texts)[:60]!r}")
     if not isinstance(labels, list) or len(labels) != len(texts):
         found = len(labels) if isinstance(labels, list) else labels
-        raise ValueError(f"{len(texts)} steps and {found!r:.60} labels; expected one a step")
+        raise ValueError(f"{len(texts)} steps and {found!r:.60} labels; expected one label per step")
     return [Step(text, step_label(label)) for text, label in zip(texts, labels)]
 
 
@@ -408,13 +408,13 @@ def tagged_steps(text: str, marked) -> tuple[str, list[Step]]:
     labels, at = [], 0
     for piece in pieces if isinstance(marked, str) else []:
         if not marked.startswith(piece, at):
-            raise ValueError(f"'label' should be 'input' with + or - in the place of each {tag!r}; they part at {piece[:40]!r}")
+            raise ValueError(f"'label' should be 'input' with + or - in place of each {tag!r}; they differ at {piece[:40]!r}")
         at += len(piece)
         labels.append(marked[at:at + 1])
         at += 1
     if tail.strip() or isinstance(marked, str) and marked[at:].strip():
         more = (tail.strip() or marked[at:].strip())[:40]
-        raise ValueError(f"behind the last {tag!r} there is more: {more!r}; each step ends in a tag")
+        raise ValueError(f"there is text after the last {tag!r}: {more!r}; each step has to end in a tag")
     begin = max(pieces[0].find("Step 1"), 0)  # the problem stands before it
     prompt, pieces[0] = pieces[0][:begin].rstrip(" ") + "\n" * bool(begin), pieces[0][begin:]
     return prompt, as_steps([piece.strip() for piece in pieces], labels if isinstance(marked, str) else marked)
@@ -443,7 +443,7 @@ def prm_row(row: dict, train_on: str, chat: bool) -> Draft:
     elif "steps" in row and "mistake_index" in row:
         texts, wrong = row["steps"], row["mistake_index"]
         if wrong is not None and (type(wrong) is not int or not 0 <= wrong < len(texts)):
-            raise ValueError(f"'mistake_index' should be null or count one of the {len(texts)} steps from 0, found {wrong!r:.40}")
+            raise ValueError(f"'mistake_index' should be null or an index from 0 into the {len(texts)} steps, found {wrong!r:.40}")
         labels = [1.0] * len(texts) if wrong is None else [1.0] * wrong + [0.0] + [None] * (len(texts) - wrong - 1)
         prompt, responses = text_field(row, "input") + "\n", [as_steps(texts, labels)]
     elif "input" in row and ("label" in row or "value" in row):
@@ -476,7 +476,7 @@ def prompt_row(row: dict, train_on: str, chat: bool) -> Draft:
     if isinstance(prompt, list) and not (said and row["prompt"]) and prompt[-1]["role"] == "assistant":
         prompt = split_messages(prompt, "last")[0]
     if prompt == []:
-        raise ValueError("no message before the assistant's")
+        raise ValueError("no message before the assistant's, so there is no prompt")
     return Draft(with_system(row, prompt, chat), [], [])
 
 
@@ -498,8 +498,8 @@ class Tokenizer:
     def __init__(self, folder: Path, chat_template: str = ""):
         self.folder = Path(folder)
         if not (self.folder / "tokenizer.json").is_file():
-            raise ValueError(f"{folder}: no tokenizer.json there; put the model's own beside its weights, or name a "
-                             f"folder with one for the run: --tokenizer=FOLDER")
+            raise ValueError(f"{folder}: no tokenizer.json there; put the model's own beside its weights, or, for the "
+                             f"model to train, name a folder that has one: --tokenizer=FOLDER")
         self.fast = FastTokenizer.from_file(str(self.folder / "tokenizer.json"))
         self.fast.no_padding()
         self.fast.no_truncation()
@@ -509,7 +509,7 @@ class Tokenizer:
         self.bos_token, self.eos_token = text["bos"] or "", text["eos"] or ""
         self.bos, self.eos = (self.fast.token_to_id(t) if t else None for t in (self.bos_token, self.eos_token))
         if self.eos is None:
-            raise ValueError(f"{path}: eos_token {text['eos']!r} is not a token of tokenizer.json")
+            raise ValueError(f"{path}: eos_token is {text['eos']!r}; expected a token of tokenizer.json")
         self.adds_bos = self.bos is not None and config.get(
             "add_bos_token", self.fast.encode("a").ids[:1] == [self.bos])
         self.dummy_prefix = self.fast.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581")  # SentencePiece
@@ -552,7 +552,7 @@ class Tokenizer:
             raise ValueError(f"messages need a chat template and {self.folder} has none; set chat_template to a file "
                              f"with one, or to 'chatml'")
         if any("tool_calls" in m for m in messages) and "tool_calls" not in self.chat_template:
-            raise ValueError("a message has tool_calls, and the chat template knows none; set chat_template to a file that does")
+            raise ValueError("a message has tool_calls, which the template does not read; set chat_template to a file that does")
         try:
             return compile_template(self.chat_template).render(
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=tools or None, documents=None,
@@ -575,15 +575,15 @@ class Tokenizer:
         """An error unless every token of this one has the same id in the other (which may have more)."""
         ours, theirs = self.fast.get_vocab(), other.fast.get_vocab()
         for token in [token for token in ours if theirs.get(token) != ours[token]][:1]:
-            raise ValueError(f"{other.folder}: token {token!r} is {theirs.get(token)} there and {ours[token]} in {self.folder}; "
-                             f"one model's ids are read by the other")
+            raise ValueError(f"{other.folder}: token {token!r} has id {theirs.get(token)} there and {ours[token]} in "
+                             f"{self.folder}; models that are used together need the same ids")
 
     def one(self, text: str) -> int:
         """The id of a text that is one token."""
         i = self.fast.token_to_id(text)
         ids = [i] if i is not None else self.continuation(text)[0]
         if len(ids) != 1:
-            raise ValueError(f"{text!r} is {len(ids)} tokens in {self.folder}; it has to be one: name another")
+            raise ValueError(f"{text!r} is {len(ids)} tokens in {self.folder}; it has to be one: change step_token/reward_tokens")
         return ids[0]
 
     def decode(self, ids: list[int]) -> str:
@@ -662,12 +662,12 @@ def render(draft: Draft, tokenizer: Tokenizer, train_on: str, tools: list | None
             before = rendered(messages[:i], add_generation_prompt=True)
             after = rendered(messages[:i + 1], add_generation_prompt=False)
             if not (text.startswith(after) and after.startswith(before) and before.startswith(prompt)):
-                raise ValueError("the chat template renders an earlier turn in another way once a later one follows; "
-                                 "train_on = 'last' trains the last turn alone")
+                raise ValueError("the chat template renders the same turns differently once a reply or more turns follow; "
+                                 "train_on = 'last' helps if only earlier turns change, otherwise another chat_template")
             check_said(messages[i], after[len(before):])
             spans.append((len(before) - begin, len(after.rstrip()) - begin))  # templates put a newline after EOS
         if not spans:
-            raise ValueError("no message of an assistant to train on")
+            raise ValueError("no assistant message to train on")
         responses.append((text[begin:begin + spans[-1][1]], spans))
     return prompt, responses
 
@@ -688,8 +688,8 @@ def check_said(m: dict, text: str):
     for key, parts in (("content", [m["content"]]), ("reasoning_content", [m.get("reasoning_content")]),
                        ("tool_calls", [call["function"]["name"] for call in m.get("tool_calls", ())])):
         if not all(bare(part) in whole for part in parts):
-            raise ValueError(f"the chat template leaves out the {key} of a turn that is trained, it makes {text[:60]!r} of it; "
-                             f"set chat_template to a file that does not")
+            raise ValueError(f"the chat template leaves out the {key} of a turn that is trained and writes only {text[:60]!r}; "
+                             f"set chat_template to a file that keeps it")
 
 
 def check_characters(text: str):
@@ -759,8 +759,8 @@ def truncate(example: Example, bos: int | None, max_length: int, max_prompt_leng
     room = min(max_length, max_prompt_length or max(max_length // 2, max_length - longest))
     if length > room or length + longest > max_length:
         if how == "error":
-            raise ValueError(f"{example.where}: {length} prompt + {longest} response tokens do not fit max_length "
-                             f"{max_length}, max_prompt_length {max_prompt_length}; truncation = 'cut' or 'drop'")
+            raise ValueError(f"{example.where}: {length} prompt + {longest} response tokens do not fit max_length {max_length}, "
+                             f"max_prompt_length {max_prompt_length}; raise them, or set truncation = 'cut' or 'drop'")
         if how == "drop":
             counts["dropped"] += 1
             return None
@@ -862,8 +862,8 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
     if kind == "prompts":  # the answer wants room
         longest_prompt = min(longest_prompt or cfg.max_length, cfg.max_length - cfg.max_new_tokens)
         if longest_prompt < 1:
-            raise ValueError(f"max_length = {cfg.max_length} holds a prompt and its answer, and max_new_tokens = "
-                             f"{cfg.max_new_tokens} leaves nothing for the prompt; raise the one or lower the other")
+            raise ValueError(f"max_length = {cfg.max_length} must hold a prompt and its answer, and max_new_tokens = "
+                             f"{cfg.max_new_tokens} leaves nothing for the prompt; raise max_length or lower max_new_tokens")
 
     def flush():
         for example in tokenize(drafts, tokenizer, cfg.tokenize, counts, cfg.step_token):
@@ -898,7 +898,7 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
             if not isinstance(error, (ValueError, RecursionError)):
                 at = traceback.extract_tb(error.__traceback__)[-1]
                 at = f"{Path(at.filename).name}:{at.lineno}"
-                said = f"{type(error).__name__}: {error} ({at}); is a field missing, or of another type?"
+                said = f"{type(error).__name__}: {error} ({at}); a field may be missing or have the wrong type"
             raise ValueError(f"{where}: {said}; bad_rows = 'skip' leaves such rows out") from None
         if not draft.responses:
             rows[where] = {**row, "prompt": draft.prompt}
@@ -912,7 +912,7 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
         if lost:
             print(f"{paths}: columns that are not read: {', '.join(sorted(lost))}", file=sys.stderr)
     if not examples:
-        raise ValueError(f"{paths}: no row left to train on ({counted(counts)})")
+        raise ValueError(f"{paths}: no usable row is left ({counted(counts)})")
     return as_dataset(examples, counts, sizes)
 
 
@@ -977,7 +977,7 @@ def stream_length(datasets: list[Dataset], batch_size: int, asked: int, answers:
     least = largest.length + answer
     if asked and asked < least:
         raise ValueError(f"{largest.where}: a prompt with its responses takes {least} tokens and "
-                         f"micro_batch_tokens is {asked}; set it to {-(-least // 128) * 128} or to 0, or cut max_length")
+                         f"micro_batch_tokens is {asked}; set it to {-(-least // 128) * 128} or to 0, or lower max_length")
     step = math.ceil(9 / 8 * batch_size * (datasets[0].lengths.mean() + answers * answer))
     whole = largest.length + answers * answer
     return asked or -(-max(least, min(whole, LARGE) if answer else whole, min(4096, step)) // 128) * 128

@@ -63,7 +63,7 @@ LIMITS = {  # what error messages say is expected -> the test for it
     "a number above 1, or 0 for none": lambda x: x > 1 or x == 0,
     "'token', 'sequence' or 'dr_grpo'": lambda x: x in REDUCTIONS,
     "'tis', 'icepop', 'seq-mask-tis' or '' for none": lambda x: x in CORRECTIONS or x == "",
-    "'k2' or 'k3' (the gradient of 'k1' is 0 in expectation: it belongs into the reward)": lambda x: x in ("k2", "k3")}
+    "'k2' or 'k3' (the gradient of 'k1' is 0 in expectation: kl_coef puts it into the reward)": lambda x: x in ("k2", "k3")}
 LIMITED = {
     **dict.fromkeys(("beta", "temperature", "tau_positive", "tau_negative", "max_new_tokens"), "above 0"),
     **dict.fromkeys(("alpha", "desirable_weight", "undesirable_weight", "center_coef", "clip_eps_low", "clip_eps_high",
@@ -71,7 +71,7 @@ LIMITED = {
     "jsd_beta": "between 0 and 1", "label_smoothing": "between 0 and 1", "tau": "a number in (0, 1]",
     "dual_clip": "a number above 1, or 0 for none", "reduction": "'token', 'sequence' or 'dr_grpo'",
     "correction": "'tis', 'icepop', 'seq-mask-tis' or '' for none",
-    "estimator": "'k2' or 'k3' (the gradient of 'k1' is 0 in expectation: it belongs into the reward)"}
+    "estimator": "'k2' or 'k3' (the gradient of 'k1' is 0 in expectation: kl_coef puts it into the reward)"}
 
 
 def check(o: Objective, hyperparameters: dict):
@@ -92,10 +92,10 @@ def objective(data: str | None, per: str | Callable, show: str | None = None, co
         if unknown:
             raise TypeError(f"{loss.__name__}: no reading is called {unknown[0]!r}; READINGS has {', '.join(READINGS)}")
         if coupled and "logits" in reads:
-            raise TypeError(f"{loss.__name__}: logits are made in chunks, and a coupled loss asks for those of a whole step")
+            raise TypeError(f"{loss.__name__}: a coupled loss cannot read logits: they exist only in chunks, not for a whole step")
         hyperparameters = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         for key in [key for key, value in hyperparameters.items() if type(value) not in (bool, int, float, str)]:
-            raise TypeError(f"{loss.__name__}: {key} needs a default, a number, a text or a switch, which says what it may be")
+            raise TypeError(f"{loss.__name__}: {key} needs a default (a number, a string or a bool), which gives its type")
         divisor = per if callable(per) else lambda: per
         o = Objective(loss.__name__, loss, data, divisor, show, reads, hyperparameters, limits, coupled)
         OBJECTIVES[loss.__name__] = o
@@ -299,7 +299,7 @@ def f_divergence(term: Term, value: str | float) -> Term:
     for which in ("chosen", "rejected"):
         policy, reference = term.reads[f"policy_{which}_logps"], term.reads[f"reference_{which}_logps"]
         if "reference_log_probs" not in reference.streams:
-            raise ValueError(f"f_divergence = {value!r} is of the policy and its reference, which reference_free leaves out")
+            raise ValueError(f"f_divergence = {value!r} compares the policy with its reference, which reference_free leaves out")
         changed[f"policy_{which}_logps"] = Reading(
             policy.streams + reference.streams,
             lambda batch, *_, of=(policy, reference): divergence(
@@ -976,7 +976,7 @@ def rloo(rewards: Tensor) -> Tensor:
     """(G, n): each reward minus the mean of the others of its group, arXiv:2402.14740."""
     n = rewards.shape[1]
     if n < 2:
-        raise ValueError(f"rloo leaves one out of a group and the groups hold {n}")
+        raise ValueError(f"rloo compares each answer with the others of its group and needs at least 2; found groups of {n}")
     return group_center(rewards) * (n / (n - 1))
 
 
@@ -1199,7 +1199,7 @@ class _Known(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         if ctx.gradients is None:
-            raise RuntimeError("the gradients of a loss on logits are there for one backward")
+            raise RuntimeError("a loss on logits allows only one backward; compute the loss again for another")
         total, count = reduced(upstream, ctx.mask)
         mean = total / count.clamp(min=1)
         one = reduced((upstream - mean).abs(), ctx.mask)[0] <= 1e-4 * total.abs()
@@ -1219,8 +1219,8 @@ def by_chunk(loss: Callable, *inputs, **hyperparameters) -> tuple[Tensor, Tensor
     if not unmade:
         return loss(*inputs, **hyperparameters)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs if isinstance(x, Tensor)):
-        raise ValueError("a tensor beside logits that are made in chunks requires a gradient, and has none here; make an "
-                         "objective of its own of it")
+        raise ValueError("a loss on logits gives gradients to the logits only, and another of its inputs requires one; use "
+                         "that input in an objective of its own")
     device = unmade[0][0].device
     chunk = head_chunk(len(unmade) * max(len(x.weight) if isinstance(x, Projected) else x.vocab for x in unmade), device.type)
     ready = [x.ready() if isinstance(x, Projected) else x for x in inputs]

@@ -170,7 +170,7 @@ def ending():
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", 0) not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error).lower():
             raise
-        sys.exit(f"error: the disk is full ({error}); checkpoints that were whole are whole: make room, and go on with --resume")
+        sys.exit(f"error: the disk is full ({error}); make room; checkpoints are whole: a run can go on with --resume")
     finally:
         if dist.is_initialized():
             error = sys.exception()

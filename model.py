@@ -58,7 +58,7 @@ class Shape:
                 wanted = "true or false" if kind is bool else "a number above 0"
                 raise ValueError(f"{name} should be {wanted}, found {value!r:.40}")
         if not all(type(window) is int and window >= 0 for window in self.windows) or len(self.windows) != self.num_layers:
-            raise ValueError(f"sliding_window and layer_types should say a length, or none, of {self.num_layers} layers")
+            raise ValueError(f"sliding_window and layer_types should give a length, or none, for each of {self.num_layers} layers")
         if self.rope:
             rope_frequencies(self.rope, self.head_dim)  # an unknown scaling is an error now, not in step 1
         if self.num_heads % self.num_kv_heads:
@@ -206,7 +206,7 @@ def _varlen(q, k, v, batch, window):
     varlen_attn, parameters = varlen_kernel()
     options = {"window_size": (window - 1 if window else -1, 0)} if "window_size" in parameters else {"is_causal": True}
     if window and "window_size" not in parameters:
-        raise ValueError("sliding windows on CUDA need a torch whose varlen_attn has window_size")
+        raise ValueError("sliding windows on CUDA in 16 bits need a newer torch (varlen_attn with window_size) or --dtype=float32")
     if "enable_gqa" in parameters:
         options["enable_gqa"] = True
     else:
@@ -427,8 +427,8 @@ def modules(outputs: list[str], reward_tokens: bool = False) -> dict[str, int]:
     needed = [HEADS["log_probs"] if reward_tokens and HEADS[name].labels > 1 else HEADS[name] for name in outputs]
     labels = {head.labels for head in needed if head.module == "score"}
     if len(labels) > 1:
-        raise ValueError(f"{' and '.join(outputs)} are of score heads with {' and '.join(map(str, labels))} labels; a model has "
-                         f"one")
+        raise ValueError(f"{' and '.join(outputs)} need score heads with {' and '.join(map(str, labels))} labels; a model has "
+                         f"only one such head")
     return {head.module: head.labels for head in needed}
 
 
@@ -560,15 +560,15 @@ def find_folder(name: str) -> Path:
         raise ValueError("no model is named; set init_from to a folder, a hub name (owner/name), a config file or 'scratch'")
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~", "out/")):
         parts = sorted((path.name for path in Path(name).glob("checkpoint-*")), key=lambda part: (len(part), part))
-        but = f", but {parts[-1]}" if parts else ""
+        but = f" (did you mean its {parts[-1]}?)" if parts else ""
         found = f"no config.json there{but}" if Path(name).exists() else "no such folder"
-        raise ValueError(f"{name}: {found}; expected a model folder in Hugging Face layout, "
-                         f"a hub name (owner/name), a config file (.py) or 'scratch'")
+        raise ValueError(f"{name}: {found}; expected a model folder in Hugging Face layout or a hub name (owner/name); "
+                         f"keys of a run may also name a config file (.py), and init_from 'scratch'")
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as error:
-        raise ValueError(f"{name}: not a local folder, and not to be had from the hub: {str(error):.200}") from error
+        raise ValueError(f"{name}: not a local folder, and cannot be downloaded from the hub: {str(error):.200}") from error
 
 
 def read_weights(folder: Path, names_only: bool = False) -> dict[str, Tensor | None]:
@@ -576,7 +576,7 @@ def read_weights(folder: Path, names_only: bool = False) -> dict[str, Tensor | N
     index = folder / "model.safetensors.index.json"
     shards = read_json(index).get("weight_map") if index.is_file() else {"": "model.safetensors"}
     if not isinstance(shards, dict) or not shards or not all(isinstance(f, str) and Path(f).name == f for f in shards.values()):
-        raise ValueError(f"{index}: expected weight_map, tensor names with the files beside it that hold them")
+        raise ValueError(f"{index}: expected weight_map, from tensor names to files in the same folder")
     state = {}
     for file in sorted(set(shards.values())):
         if not (folder / file).is_file():
@@ -675,7 +675,7 @@ def load_model(cfg, machine, name: str, tokenizer, outputs: list[str]) -> tuple[
         read_shape(given, "scratch")
         unread = sorted(given.keys() - given.read - tokens.keys() - {"initializer_range"})
         if unread and machine.rank == 0:
-            print(f"scratch: {', '.join(unread)}: not read of a {given['model_type']} model", file=sys.stderr)
+            print(f"scratch: {', '.join(unread)}: not used by a {given['model_type']} model", file=sys.stderr)
         decoder, saved = scratch(dict(given), cfg.seed, heads), torch.float32
     else:
         decoder, saved = load(find_folder(name), heads, cfg.seed)
@@ -683,11 +683,11 @@ def load_model(cfg, machine, name: str, tokenizer, outputs: list[str]) -> tuple[
         decoder.config |= {"step_token": cfg.step_token, "reward_tokens": list(cfg.reward_tokens)}
         decoder.reward_tokens = tuple(map(tokenizer.one, cfg.reward_tokens))
     if decoder.shape.vocab_size < tokenizer.fast.get_vocab_size():
-        raise ValueError(f"{name}: {decoder.shape.vocab_size} embeddings, and {tokenizer.folder} has "
+        raise ValueError(f"{name}: {decoder.shape.vocab_size} embeddings are too few: the tokenizer of {tokenizer.folder} has "
                          f"{tokenizer.fast.get_vocab_size()} tokens")
     if machine.layout(0).varlen and (decoder.shape.head_dim % 8 or decoder.shape.head_dim > 256):
-        raise ValueError(f"{name}: heads of {decoder.shape.head_dim}; on CUDA, 16-bit attention takes multiples of 8 up to 256: "
-                         f"--dtype=float32")
+        raise ValueError(f"{name}: head_dim is {decoder.shape.head_dim}; 16-bit attention on CUDA needs a multiple of 8 up to "
+                         f"256: use --dtype=float32")
     decoder = decoder.to(machine.device, torch.float64 if machine.dtype == torch.float64 else torch.float32)
     if machine.compiled:
         decoder.compile_blocks()

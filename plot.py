@@ -53,7 +53,7 @@ def draw(runs: dict[str, list[dict]], only: list[str], out: str):
     from matplotlib import pyplot
     there = dict.fromkeys(name for lines in runs.values() for line in lines for name, value in line.items() if value is not None)
     for name in [name for name in only if name not in there]:
-        raise ValueError(f"no {name} in {', '.join(runs)}; there are {', '.join(there)}")
+        raise ValueError(f"no metric {name} in {', '.join(runs)}; found {', '.join(there)}")
     others = [name for name in there if name not in (*PANELS, *ASIDE) and not name.endswith("seconds")]
     shown = only or [*(name for name in PANELS if name in there), *others]
     if not shown:

@@ -37,7 +37,7 @@ def tokenizer_of(cfg) -> data.Tokenizer:
         stage = config.load_stage(name, stage)
         folder, name = stage.tokenizer, stage.init_from
     if not folder and not name:
-        raise ValueError("whose tokens? name a --config, --init_from=FOLDER or --tokenizer=FOLDER")
+        raise ValueError("no tokenizer is named; give a --config, --init_from=FOLDER or --tokenizer=FOLDER")
     return data.Tokenizer(folder or model.find_folder(name), cfg.chat_template)
 
 
@@ -110,7 +110,7 @@ def packing(dataset: data.Dataset, longest: np.ndarray, cfg) -> str:
     padded = sum(int(longest[rows].max()) * sum(max(1, len(dataset.examples[i].responses)) for i in rows) for rows in steps)
     return (f"packing: {np.mean([len(rows) for rows in steps]):,.0f} rows a step are {real / len(steps):,.0f} tokens, in "
             f"{np.mean(streams):.1f} streams of up to {tokens:,}\n"
-            f"  padded to the longest of the step, with prompts repeated: {padded / len(steps):,.0f} ({padded / real:.1f}x)")
+            f"  if padded to the step's longest, with prompts repeated: {padded / len(steps):,.0f} tokens ({padded / real:.1f}x)")
 
 
 def main(arguments: list[str]):

@@ -179,7 +179,7 @@ def precomputed(run, dataset: data.Dataset, what: str, load: Callable, of: Calla
     path = Path(run.cfg.cache_dir).expanduser() / f"reference-{key(run, dataset, what, weights)}.safetensors"
     tables = read(path, int(dataset.offsets[-1]))
     if not machine.any(tables is None):
-        run.say(f"{what} of {len(dataset):,} rows: cached in {run.cfg.cache_dir}")
+        run.say(f"{what} of {len(dataset):,} rows: read from the cache in {run.cfg.cache_dir}")
         return {name: table.to(machine.device) for name, table in tables.items()}
     decoder = load()
     tables = sweep(lambda batch: of(decoder, batch), dataset, run.layout, machine, what)

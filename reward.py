@@ -72,7 +72,7 @@ def by_function(function: Callable, workers: int = 0, timeout: float = 60.0, wha
     batched = next(iter(inspect.signature(function).parameters), "") == "prompts"
     name = getattr(function, "__name__", str(function))
     if batched and workers:
-        raise ValueError(f"{what} {name} takes lists of answers; reward_workers are for a function of one")
+        raise ValueError(f"{what} {name} takes lists of answers, but reward_workers pass one answer at a time; leave them out")
     calls = in_batch(function) if batched else Workers(function, workers, timeout) if workers else one_by_one(function)
 
     def give(examples, texts):
@@ -117,7 +117,7 @@ def in_batch(function: Callable) -> Callable:
         try:
             found = list(function(*map(list, zip(*asked)))) if asked else []
             if len(found) != len(asked):
-                raise ValueError(f"{len(asked)} answers and {len(found)} rewards")
+                raise ValueError(f"{len(asked)} answers, but {len(found)} values returned")
         except Exception as error:
             found = [told(error)] * len(asked)
         return iter(found)
@@ -128,10 +128,12 @@ class Workers:
     """Processes that call a function. If a call hangs, its whole pool is ended, and a new one goes on with the next answer."""
 
     def __init__(self, function: Callable, workers: int, timeout: float):
-        self.place = (inspect.getsourcefile(function), getattr(function, "__qualname__", "?"))
         self.workers, self.timeout, self.pool = workers, timeout, None
-        if runpy.run_path(self.place[0]).get(self.place[1]) is None:
-            raise ValueError(f"reward_workers: {self.place[1]} is not at the top of {self.place[0]}, where a process can find it")
+        name = getattr(function, "__qualname__", "")  # which a partial or an object does not have
+        self.place = inspect.getsourcefile(function) if name else "", name
+        if not name or runpy.run_path(self.place[0]).get(name) is None:
+            raise ValueError(f"reward_workers: {name or function} is not a function at the top level of "
+                             f"{self.place[0] or 'a file'}, where workers find it")
 
     def __call__(self, asked: list[tuple]) -> Iterator:
         results = None

@@ -112,7 +112,7 @@ class Slots:
         parts = (x[slots].tolist() for x in (self.tokens, self.log_probs, self.length, self.ended)) if slots else ()
         for slot, ids, log_probs, length, ended in zip(slots, *parts):
             if not all(map(math.isfinite, log_probs[:length])):
-                raise ValueError("the model's logits are not finite: it has diverged; a checkpoint from before is the way back")
+                raise ValueError("the model's logits are not finite: it has diverged; go back to an older checkpoint, or lower lr")
             found[int(self.answer[slot])] = Answer(ids[:length], log_probs[:length], ended)
         self.answer[slots] = -1
         return found
@@ -146,7 +146,7 @@ def generate(decoder, prompts: list[list[int]], *, max_new_tokens: int, stop: se
     if decoder.shape.gpt2:  # learned positions end
         capacity = min(capacity, decoder.shape.max_positions)
         if (most := max(map(len, prompts))) > capacity:
-            raise ValueError(f"a prompt of {most} tokens, and the model has {capacity} positions; shorten it, or set max_length")
+            raise ValueError(f"a prompt has {most} tokens, and the model has {capacity} positions; shorten it or lower max_length")
     slots = Slots(decoder, min(batch, count), capacity, max_new_tokens)
     step, stance = (losses.compiled(decode, dynamic=False), "default") if compiled else (decode, "force_eager")
     stops = torch.isin(torch.arange(len(weight), device=weight.device), torch.tensor(sorted(stop), device=weight.device))
@@ -333,7 +333,7 @@ class Rollouts:
         for decoder in [self.decoder] + [self.reference] * bool(self.reference):
             decoder.temperature = cfg.temperature
         if (cfg.top_k or cfg.top_p < 1 or cfg.min_p) and run.machine.rank == 0:
-            print("warning: with top_k, top_p or min_p, answers are drawn from a part of the distribution that losses are of")
+            print("warning: top_k, top_p and min_p cut off the distribution that answers are drawn from; losses use all of it")
         self.sampler, self.longest = None, max(len(e.prompt) for e in self.prompts.examples)
         self.drawn, self.kl_coef, self.now = 0, cfg.kl_coef, None  # prompts drawn so far
         self.warned = False  # of rewards that are clipped
@@ -368,17 +368,17 @@ class Rollouts:
             if len(kept) >= self.size:
                 break
         if not valid:
-            raise ValueError(f"none of the {len(drawn)} prompts of a rollout has rewards for all of its answers")
+            raise ValueError(f"none of the {len(drawn)} prompts of a rollout has rewards for all of its answers; see bad_rewards")
         rest = [g for g in valid if cfg.filter_groups and max(g.rewards) == min(g.rewards)]
         groups = [*kept, *rest[:max(0, self.minibatches - len(kept))]][:self.size]  # a step wants at least one
         if len(groups) < self.minibatches:
-            raise ValueError(f"{len(groups)} of {len(drawn)} prompts of a rollout have rewards, and it is trained in "
-                             f"{self.minibatches} steps")
+            raise ValueError(f"only {len(groups)} of {len(drawn)} prompts of a rollout have rewards for all of their answers, "
+                             f"too few for its {self.minibatches} steps; see bad_rewards")
         every = [x for g in valid for x in g.rewards]
         clipped = float(np.mean(np.abs(every) > (cfg.reward_clip or math.inf)))
         if clipped and not self.warned and self.machine.rank == 0:
-            print(f"warning: {clipped:.0%} of the rewards are beyond reward_clip = {cfg.reward_clip:g} and count as that much; "
-                  f"--reward_clip=0 keeps them as they are", file=sys.stderr)
+            print(f"warning: {clipped:.0%} of the rewards are beyond reward_clip = {cfg.reward_clip:g} and are clipped to it; "
+                  f"--reward_clip=0 turns this off", file=sys.stderr)
             self.warned = True
         metrics = {"reward": float(np.mean(every)), "reward/std": float(np.std(every)), "reward/clipped": clipped,
                    "rollout/skipped": len(drawn) - len(valid), "rollout/kept": len(kept) / len(valid)}
@@ -478,12 +478,12 @@ class Rollouts:
         if step % self.steps:
             if not (folder / "rollout.safetensors").is_file():
                 raise ValueError(f"{folder}: no rollout.safetensors, and step {step} is inside a rollout of {self.steps} steps; "
-                                 f"batch_size, rollout_prompts or rollout_epochs were others when it was saved")
+                                 f"batch_size, rollout_prompts or rollout_epochs were different when it was saved: set them back")
             saved = load_file(folder / "rollout.safetensors")
             lengths, n = saved.pop("length").tolist(), self.cfg.samples_per_prompt
             if len(lengths) != n * len(saved["example"]):
                 raise ValueError(f"{folder}: step {step} is inside a rollout with {len(lengths) // len(saved['example'])} "
-                                 f"samples_per_prompt; go on with as many")
+                                 f"samples_per_prompt; resume with the same number")
             answers = [Answer(ids.tolist(), [], bool(ended))
                        for ids, ended in zip(saved.pop("ids").split(lengths), saved.pop("ended"))]
             groups = [Group(example, answers[i * n:(i + 1) * n], []) for i, example in enumerate(saved.pop("example").tolist())]

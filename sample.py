@@ -45,7 +45,7 @@ def opened(name: str, cfg) -> reward.Scorer:
 def language_model(name: str, cfg) -> reward.Scorer:
     policy = opened(name, cfg)
     if policy.stream != "log_probs":
-        raise ValueError(f"{name} is no language model, it gives {policy.stream}; name one that answers")
+        raise ValueError(f"{name} is not a language model, its output is {policy.stream}; name a model that can answer")
     policy.decoder = rollout.copied(policy.decoder, None, policy.machine.dtype)
     return policy
 
@@ -137,15 +137,15 @@ def score(options, cfg):
     kind = options.kind or ("steps" if scorer.stream == "step_logits" else kind)
     dataset = data.load(options.data, kind, scorer.tokenizer, scorer.cfg)
     if len(dataset) != dataset.counts["read"]:
-        raise ValueError(f"{options.data}: {dataset.counts['read']} rows, of which {len(dataset)} have a response to score; "
-                         f"scores would not be in the rows' order")
+        raise ValueError(f"{options.data}: {dataset.counts['read']} rows, of which only {len(dataset)} have a response to "
+                         f"score: scores would not line up with rows; remove the others")
     print(f"{options.data}: {data.counted(dataset.counts)}", file=sys.stderr)
     found = scorer.scores(dataset)
     if scorer.stream == "step_logits" and {"labels", "label", "value", "mistake_index"} & first.keys():
         report_steps(found, dataset)
     if options.normalize:
         if "reward_mean" not in scorer.described:
-            raise ValueError(f"{options.model}: no reward_mean in config.json: it was trained without eval_data, or on rankings")
+            raise ValueError(f"{options.model}: no reward_mean in config.json; only training on pairs with eval_data writes one")
         mean, std = scorer.described["reward_mean"], scorer.described["reward_std"]
         found = [[(value - mean) / (std or 1) for value in values] for values in found]
     return lines(found, dataset)
@@ -160,7 +160,7 @@ def report_steps(found: list[list], dataset: data.Dataset):
             hits[wrong is None].append(one["first_wrong"] == wrong)
     wrong, right = (sum(hits[k]) / max(len(hits[k]), 1) for k in (False, True))
     print(f"first wrong step: found in {wrong:.4f} of {len(hits[False])} solutions with one; {right:.4f} of {len(hits[True])} "
-          f"without pass; F1 {2 * wrong * right / max(wrong + right, 1e-9):.4f}", file=sys.stderr)
+          f"without one pass; F1 {2 * wrong * right / max(wrong + right, 1e-9):.4f}", file=sys.stderr)
 
 
 def judged(options, policy: reward.Scorer, scorer, check, cfg) -> list[dict]:
@@ -189,14 +189,14 @@ def best(options, cfg):
         each = [r for line in said for r in line["right"]]
         share = lambda right: sum(right) / len(said)
         print(f"right: {sum(each) / len(each):.4f} of all answers, {share(line['best_right'] for line in said):.4f} of the best "
-              f"of {options.n}; {share(any(line['right']) for line in said):.4f} have a right one", file=sys.stderr)
+              f"of {options.n}; {share(any(line['right']) for line in said):.4f} of the prompts have a right one", file=sys.stderr)
     return said
 
 
 def check_of(options):
     found = config.load([f"--config={options.check}"]).check if options.check else None
     if options.check and not found:
-        raise ValueError(f"{options.check}: no check in it, a function (prompt, completion, row) -> bool")
+        raise ValueError(f"{options.check}: defines no function check(prompt, completion, row) -> bool")
     return found
 
 
@@ -229,7 +229,7 @@ def merge(options, cfg):
     the share of the first. Without --other, a copy, in another dtype if that is asked for."""
     out, one = Path(options.out), opened(options.model, cfg)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out={options.out} is there already; name another folder")
+        raise ValueError(f"--out={options.out} already exists and is not an empty folder; name another")
     if options.other:
         other = opened(options.other, cfg)
         one.tokenizer.same_ids(other.tokenizer)
@@ -261,10 +261,10 @@ def main(arguments: list[str]):
     parser.add_argument("--data", default="", type=home, help="file or glob of rows or prompts")
     parser.add_argument("--prompt", help="one prompt, in the place of a file")
     parser.add_argument("--out", default="", type=home, help="file to write (merge: folder); default: standard output")
-    parser.add_argument("--n", type=int, default=0, help="generate, best: answers to a prompt (1, 8)")
+    parser.add_argument("--n", type=int, default=0, help="answers to each prompt; default: 1 in generate, 8 in best")
     parser.add_argument("--system", default="", help="chat, --prompt: the system's message")
     parser.add_argument("--kind", default="", choices=("", *data.FORMATS), help="score: kind of rows; default: by their keys")
-    parser.add_argument("--normalize", action="store_true", help="score: rewards by the eval rows' mean and deviation")
+    parser.add_argument("--normalize", action="store_true", help="score: rewards less the eval rows' mean, over their std")
     parser.add_argument("--reward", default="", type=home, help="best, compare: folder of the reward model")
     parser.add_argument("--check", default="", type=home, help="best, compare: config with a check function")
     parser.add_argument("--other", default="", type=home, help="compare, merge: the other model")
@@ -280,9 +280,9 @@ def main(arguments: list[str]):
         if "prompt" in TAKES[options.what] and bool(options.data) == (options.prompt is not None):
             raise ValueError(f"{options.what} needs --data, a file of prompts, or --prompt, and not both")
         if options.what == "merge" and options.weight != 0.5 and not options.other:
-            raise ValueError("--weight is of two models; name the other one, --other")
+            raise ValueError("--weight is the share of --model when two are merged; name the second with --other")
         if options.system and options.data:
-            raise ValueError("--system goes with --prompt; rows of --data have theirs in a column of that name")
+            raise ValueError("--system is for --prompt; with --data, a row's system message is in its column 'system'")
         if options.out and options.what != "merge":  # an error now, not behind the work
             Path(options.out).parent.mkdir(parents=True, exist_ok=True)
             if Path(options.out).is_dir():

@@ -162,9 +162,9 @@ def train(cfg):
                 names.append(dataset.examples[row].where)
             optimizer.zero_grad()
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        said = f"not finite alone: {', '.join(names[:5])}{more}" if names else "each of them alone is finite"
+        said = f"these are not finite on their own: {', '.join(names[:5])}{more}" if names else "each is finite on its own"
         mend = "repair the rows or lower lr" if len(names) < len(rows) else (
-            "the weights themselves may have diverged: then remove this checkpoint, for an older one, and lower lr")
+            "the weights may have diverged: if so, remove this checkpoint to use an older one, and lower lr")
         raise ValueError(f"{in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not finite, "
                          f"and changed no weight. Of the {len(rows)} rows of this step, {said}. checkpoint-{step} is saved: "
                          f"{mend}; go on with --resume")
@@ -260,8 +260,8 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
     outputs = sorted(streams & model.HEADS.keys())  # of the model; what else losses read are columns
     missing = streams - model.HEADS.keys() - reference.SOURCES.keys() - losses.RUNNING.keys() - provided
     if missing:
-        raise ValueError(f"objective {'+'.join(cfg.weights)}: a run cannot train it, nothing provides "
-                         f"{', '.join(sorted(missing))}; on tensors it works, see losses.py")
+        raise ValueError(f"objective {'+'.join(cfg.weights)}: a run cannot train it, because nothing provides "
+                         f"{', '.join(sorted(missing))}; it can only be called on tensors, see losses.py")
     config.check_complete(cfg, streams, "lm_head" in model.modules(outputs))
     for paths in filter(None, (cfg.train_data, cfg.eval_data, cfg.eval_prompts)):
         data.files_of(paths)  # a missing file is an error now, not after the stages have run
@@ -305,7 +305,7 @@ def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
     same = found.get("digest") == config.hashed(settings)
     if same and over:
         checkpoint.hold(out, machine, alone=False)
-        say(f"{path}: {out / 'model'} is there")
+        say(f"{path}: already trained, in {out / 'model'}")
         return str(out / "model")
     if begun and not same:
         checkpoint.hold(out, machine)

@@ -198,7 +198,7 @@ def test_a_stage_does_not_begin_with_itself(tmp_path):
     one, other = tmp_path / "one.py", tmp_path / "other.py"
     one.write_text(f"init_from = {str(other)!r}\n")
     other.write_text(f"init_from, reference, objective = 'x', {str(one)!r}, 'dpo'\n")
-    with pytest.raises(ValueError, match="one.py begins with its own result: .*one.py <- .*other.py <- .*one.py"):
+    with pytest.raises(ValueError, match="one.py needs its own result to start: .*one.py <- .*other.py <- .*one.py; break the cycle"):
         config.settings(load(f"--init_from={one}"))
 
 
@@ -210,7 +210,7 @@ def test_a_stage_inherits_seed_and_machine_only(tmp_path):
 
 
 def test_steps_show_nothing_to_imitate():
-    with pytest.raises(ValueError, match="prm.sft: rows of prm show no response that sft could imitate"):
+    with pytest.raises(ValueError, match="prm.sft: prm rows have nothing for sft to imitate; drop it"):
         config.data_kind(load("--objective=prm", "--nll_coef=0.5"))
 
 
@@ -236,9 +236,9 @@ def test_an_option_that_a_loss_would_not_heed_is_refused(arguments):
 @pytest.mark.parametrize("arguments, message", [
     (["--objective=simpo", "--reference=x"], "reference = 'x' does nothing in simpo without a loss that reads a reference"),
     (["--objective=rm", "--head_memory=1"], "head_memory = 1.0 does nothing in rm without a loss on log-probs and not on entropies"),
-    (["--objective=sft", "--reference_live"], "reference_live = True does nothing in sft without a loss on fixed rows that reads a reference"),
+    (["--objective=sft", "--reference_live"], "reference_live = True does nothing in sft without a loss that reads a reference, on fixed rows and not on rollouts; leave it out"),
     (["--objective=dpo", "--reference_free", "--reference=x"], "reference = 'x' does nothing in dpo without a loss that reads a reference"),
-    (["--objective=dpo", "--reference_free", "--f_divergence=js"], "f_divergence = 'js' is of the policy and its reference, which reference_free leaves")])
+    (["--objective=dpo", "--reference_free", "--f_divergence=js"], "f_divergence = 'js' compares the policy with its reference, which reference_free leaves")])
 def test_a_reference_that_nothing_reads_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         config.terms(load(*arguments), False)
@@ -265,13 +265,13 @@ def test_hyperparameters_that_several_losses_have(tmp_path):
     assert load(two, "--beta=0.3").bound == {"dpo": dict(beta=0.3, label_smoothing=0.0), "ipo": dict(beta=0.3, length_normalized=False)}
     assert [given["beta"] for given in load(two, "--beta=0.3", "--ipo_beta=0.2").bound.values()] == [0.3, 0.2]
     assert [given["beta"] for given in load("--objective={'dpo': 1, 'simpo': 1}").bound.values()] == [0.1, 2.0]
-    refused("beta is not the same thing in dpo and simpo; set dpo_beta and simpo_beta apart", "--objective={'dpo': 1, 'simpo': 1}", "--beta=0.3")
+    refused("beta has more than one default among dpo and simpo; set dpo_beta and simpo_beta separately", "--objective={'dpo': 1, 'simpo': 1, 'sft': 1}", "--beta=0.3")
     set_apart = from_file(tmp_path, "objective, beta = {'dpo': 1, 'simpo': 1}, 0.5", "--dpo_beta=0.2", "--simpo_beta=3.0")  # a file's beta cannot be unset
     assert [given["beta"] for given in set_apart.bound.values()] == [0.2, 3.0]
     refused("simpo: beta = -1.0; expected above 0", "--objective={'dpo': 1, 'simpo': 1}", "--simpo_beta=-1")
     refused("unknown key 'simpo_beta'", "--objective=dpo", "--simpo_beta=1")
     assert from_file(tmp_path, "objective, beta, nll_coef = 'dpo', 0.1, 1.0", "--dpo_beta=0.2").bound["dpo"]["beta"] == 0.2  # the file sets beta
-    refused("beta sets nothing, each of dpo and ipo has its own", two, "--beta=0.3", "--ipo_beta=0.2", "--dpo_beta=0.1")
+    refused("beta has no effect, each of dpo and ipo has its own; leave it out", two, "--beta=0.3", "--ipo_beta=0.2", "--dpo_beta=0.1")
     layers = [("file", dict(objective="dpo", dpo_beta=0.5)), ("command line", dict(beta=0.3))]
     assert config.resolve(layers).bound["dpo"]["beta"] == 0.3  # later ones win
     assert digest(load(two, "--beta=0.3")) == digest(load(two, "--dpo_beta=0.3", "--ipo_beta=0.3"))

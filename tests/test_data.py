@@ -237,7 +237,7 @@ def test_questions_without_a_template(kind, row, prompt):
 
 @pytest.mark.parametrize("post, chosen, rejected", [("hi", "yo", "no"), ("hi", [A("yo")], [A("no")]), ([U("hi")], "yo", "no")])
 def test_a_pair_does_not_lose_a_prompt_of_an_unknown_name(post, chosen, rejected):
-    with pytest.raises(ValueError, match="no column is the prompt; found keys .*'post'.*; name it 'prompt'"):
+    with pytest.raises(ValueError, match="no column is known as the prompt; found keys .*'post'.*; rename that column to 'prompt'"):
         data.preference_row({"post": post, "chosen": chosen, "rejected": rejected}, "last", True)
 
 
@@ -420,7 +420,7 @@ CUTS = "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] 
 
 
 @pytest.mark.parametrize("source, m, said", [
-    (REFUSING, called({}), "a message has tool_calls, and the chat template knows none"),
+    (REFUSING, called({}), "a message has tool_calls, which the template does not read"),
     (FORGETS, called({}), "the chat template leaves out the tool_calls of a turn that is trained"),
     (PLAIN, {**A("yo"), "reasoning_content": "hm"}, "the chat template leaves out the reasoning_content of a turn that is trained"),
     (CUTS, A("<think>hm</think>yo"), "the chat template leaves out the content of a turn that is trained")])
@@ -598,7 +598,7 @@ def test_an_empty_prompt_is_bos_or_else_eos(tmp_path):
 
 
 def test_a_tokenizer_without_its_eos_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="eos_token '<end>' is not a token"):
+    with pytest.raises(ValueError, match="eos_token is '<end>'; expected a token of tokenizer.json"):
         changed_tokenizer(tmp_path / "t", eos_token="<end>")
     with pytest.raises(ValueError, match="no tokenizer.json there"):
         data.Tokenizer(tmp_path)
@@ -724,7 +724,7 @@ def test_nothing_left_to_score_is_dropped(tmp_path):
     rows = [{"prompt": [U("1")], "completion": [U("2345"), A("6")]}, {"prompt": [U("1")], "completion": [A("6")]}]
     dataset = load(write(tmp_path / "rows.jsonl", rows), tokenizer, max_length=5, max_prompt_length=4)
     assert [e.where[-1] for e in dataset.examples] == ["2"] and dataset.counts["dropped"] == 1
-    with pytest.raises(ValueError, match="no row left to train on"):
+    with pytest.raises(ValueError, match="no usable row is left"):
         load(write(tmp_path / "rows.jsonl", rows[:1]), tokenizer, max_length=5, max_prompt_length=4)
 
 
@@ -805,7 +805,7 @@ def test_lines_in_a_file_that_is_called_json(packed, tmp_path):
     (tmp_path / name).write_bytes(packed('[{"text": "1"},\n{"text": "2"}]'.encode("utf-16")))
     assert load(str(tmp_path / name), data.Tokenizer(ARITHMETIC)).counts["used"] == 2
     (tmp_path / name).write_bytes(packed(b'{"data":\n[{"text": "1"},\n{"text": "2"}\n]}'))
-    with pytest.raises(ValueError, match=re.escape(name) + ": neither an array of rows nor a row a line"):
+    with pytest.raises(ValueError, match=re.escape(name) + ": expected a JSON array of rows, or one row per line"):
         load(str(tmp_path / name), data.Tokenizer(ARITHMETIC), bad_rows="skip")
 
 
@@ -1013,8 +1013,8 @@ def test_rows_as_other_people_write_them(kind, row, prompt, responses):
 
 
 @pytest.mark.parametrize("kind, row, message", [
-    ("sft", {"text": "Can you?", "role": "prompter", "parent_id": None}, "'text' beside 'role' is a part"), ("sft", {"text": "Write it.", "code": "def f"}, "beside 'code'"),
-    ("preference", {"user": "What is the capital?", "chosen": "The capital.", "rejected": "The city."}, "share their first 3 characters, and 'user' looks like the prompt"),
+    ("sft", {"text": "Can you?", "role": "prompter", "parent_id": None}, "'text' beside 'role' looks like only one part"), ("sft", {"text": "Write it.", "code": "def f"}, "beside 'code'"),
+    ("preference", {"user": "What is the capital?", "chosen": "The capital.", "rejected": "The city."}, "share their first 3 characters .or messages., but 'user' looks like the prompt"),
     ("preference", {"trajectory": [{"from": "user", "value": "q"}], "chosen": "Step 1: a", "rejected": "Step 1: b"}, "'trajectory' looks like the prompt")])
 def test_rows_that_would_lose_a_part_are_refused(kind, row, message):
     with pytest.raises(ValueError, match=message):
@@ -1035,7 +1035,7 @@ def test_turns_that_say_so_are_not_trained(flag, tmp_path):
     assert len(every) == 2
     example, _ = one(tmp_path, {"messages": [U("1"), {**A("2"), **flag}, {**U("3"), **flag}, {**A("4"), **{key: not value for key, value in flag.items()}}]}, tokenizer)
     assert said(example) == every[1:]
-    with pytest.raises(ValueError, match="no message of an assistant to train on"):
+    with pytest.raises(ValueError, match="no assistant message to train on"):
         one(tmp_path, {"messages": [U("1"), {**A("2"), **flag}]}, tokenizer)
 
 
@@ -1141,11 +1141,11 @@ def test_step_formats(row, prompt, steps):
 @pytest.mark.parametrize("row, message", [
     ({"prompt": "p", "completions": ["a", "b"], "labels": [True]}, "2 steps and 1 labels"), ({"prompt": "p", "completions": ["a"], "labels": [True, True]}, "1 steps and 2 labels"),
     ({"prompt": "p", "completions": ["a"], "labels": [1.5]}, "a step's label should be .* found 1.5"), ({"prompt": "p", "completions": ["a"], "labels": ["good"]}, "found 'good'"),
-    ({"prompt": "p", "completions": ["a"], "labels": [-1]}, "found -1"), ({"prompt": "p", "completions": [], "labels": []}, "steps should be a list of texts"),
+    ({"prompt": "p", "completions": ["a"], "labels": [-1]}, "found -1"), ({"prompt": "p", "completions": [], "labels": []}, "steps should be a list of one or more texts"),
     ({"prompt": "p", "completions": ["a"]}, "1 steps and None labels"), ({"input": "no tag", "label": "no tag"}, "'input' has none of the step tags"),
-    ({"input": f"a {KI}", "label": "a + b -"}, "behind the last .* there is more: 'b -'"), ({"input": f"a {KI} tail", "label": "a + tail"}, "there is more: 'tail'"),
-    ({"question": {"problem": "q"}, "label": {"finish_reason": "x"}}, r"KeyError: 'steps' \(data.py:\d+\); is a field missing"), ({"input": "q", "steps": None, "mistake_index": 1}, "TypeError"),
-    ({"input": f"a {KI}", "label": "b +"}, "they part at 'a '"), ({"input": f"a {KI}", "label": "a ?"}, "found '\\?'"), ({"x": 1}, r"found keys \['x'\]")])
+    ({"input": f"a {KI}", "label": "a + b -"}, "there is text after the last .*: 'b -'"), ({"input": f"a {KI} tail", "label": "a + tail"}, "there is text after the last .*: 'tail'"),
+    ({"question": {"problem": "q"}, "label": {"finish_reason": "x"}}, r"KeyError: 'steps' \(data.py:\d+\); a field may be missing"), ({"input": "q", "steps": None, "mistake_index": 1}, "TypeError"),
+    ({"input": f"a {KI}", "label": "b +"}, "they differ at 'a '"), ({"input": f"a {KI}", "label": "a ?"}, "found '\\?'"), ({"x": 1}, r"found keys \['x'\]")])
 def test_what_is_wrong_with_steps_is_said(row, message, tmp_path):
     with pytest.raises(ValueError, match=f"rows.jsonl:2: .*{message}"):
         data.load(write(tmp_path / "rows.jsonl", [{"prompt": "1", "completions": ["2"], "labels": [True]}, row]), "prm", arithmetic(), config.load([]), False)

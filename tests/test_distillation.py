@@ -57,9 +57,9 @@ def test_gradients_that_are_made_with_the_values(monkeypatch):
     with torch.no_grad():
         assert not run(student).requires_grad
     assert not run(losses.Projected(*(x.detach() for x in student))).requires_grad
-    with pytest.raises(ValueError, match="a tensor beside logits that are made in chunks requires a gradient"):
+    with pytest.raises(ValueError, match="a loss on logits gives gradients to the logits only, and another of its inputs requires one"):
         losses.by_chunk(lambda logits, more: (logits.sum(-1) * more, None, {}), student, torch.ones(61, requires_grad=True))
-    with pytest.raises(TypeError, match="a coupled loss asks for those of a whole step"):
+    with pytest.raises(TypeError, match="a coupled loss cannot read logits: they exist only in chunks"):
         losses.objective(data="sft", per="tokens", coupled=True)(lambda logits: (logits.sum(-1), None, {}))
 
 
@@ -69,7 +69,7 @@ def test_gradients_are_there_once_and_of_a_sum():
     values = losses.by_chunk(losses.kd, student, teacher, label)[0]
     weighted = torch.autograd.grad((values * torch.arange(37)).sum(), tuple(student), retain_graph=True)
     assert all(g.isnan().all() for g in weighted)
-    with pytest.raises(RuntimeError, match="the gradients of a loss on logits are there for one backward"):
+    with pytest.raises(RuntimeError, match="a loss on logits allows only one backward"):
         values.sum().backward()
 
 
@@ -186,7 +186,7 @@ def test_what_a_teacher_must_be(tmp_path, monkeypatch):
     changed = (ROOT / "tasks/arithmetic/tokenizer.json").read_text().replace('"7": 10', '"7": 11').replace('"8": 11', '"8": 10')
     options(tmp_path, "kd")
     (tmp_path / "teacher" / "tokenizer.json").write_text(changed)
-    with pytest.raises(ValueError, match="teacher: token '[78]' is 1[01] there and 1[01] in .*; one model's ids are read by the other"):
+    with pytest.raises(ValueError, match="teacher: token '[78]' has id 1[01] there and 1[01] in .*; models that are used together need the same ids"):
         train.train(config.load(options(tmp_path, "kd")))
 
 

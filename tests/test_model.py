@@ -106,7 +106,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}: no config.json there; expected a model folder"):
         model.find_folder(str(tmp_path))
     (tmp_path / "checkpoint-7").mkdir()
-    with pytest.raises(ValueError, match="no config.json there, but checkpoint-7; expected a model folder"):
+    with pytest.raises(ValueError, match=r"no config.json there \(did you mean its checkpoint-7\?\); expected a model folder"):
         model.find_folder(str(tmp_path))
 
 

@@ -139,7 +139,7 @@ def test_the_preview_marks_what_is_trained(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["nowhere.jsonl", "--config=configs/dpo.py"], "nowhere.jsonl: no such file"), (["tasks", "--config=configs/dpo.py"], "tasks is a folder; name files"),
-    ([ROWS["sft"]], "whose tokens"), ([ROWS["sft"], "--config=configs/dpo.py"], "expected chosen and rejected")])
+    ([ROWS["sft"]], "no tokenizer is named"), ([ROWS["sft"], "--config=configs/dpo.py"], "expected chosen and rejected")])
 def test_the_preview_refuses(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit, match=message):

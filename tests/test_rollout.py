@@ -1,4 +1,5 @@
 """Generation is what the model says, and rollouts are what the losses take them for. Real models, tokenizers and runs."""
+import functools
 import json
 import math
 
@@ -60,7 +61,7 @@ def test_learned_positions_end_an_answer():
     (long,), (short,) = rollout.generate(decoder, [list(range(20)), [1]], max_new_tokens=50, stop=set())
     assert (len(long.ids), len(short.ids), long.ended) == (12, 31, False)
     assert long.ids == decoder.logits(torch.tensor([*range(20), *long.ids])).argmax(-1)[19:-1].tolist()
-    with pytest.raises(ValueError, match="a prompt of 33 tokens, and the model has 32 positions"):
+    with pytest.raises(ValueError, match="a prompt has 33 tokens, and the model has 32 positions"):
         rollout.generate(decoder, [list(range(33))], max_new_tokens=1, stop=set())
 
 
@@ -212,7 +213,7 @@ def test_rewards_of_functions():
     for value in (math.nan, math.inf, None, "1", [1.0], 10**400):
         assert "rows.jsonl:1: reward <lambda>: returned" in reward.by_function(lambda prompt, completion, row: value)(rows[:1], [["a"]])[0][0]
     assert reward.by_function(lambda prompt, completion, row: torch.tensor(2.0))(rows[:1], [["a"]]) == [[2.0]]
-    assert "4 answers and 1 rewards" in reward.by_function(lambda prompts, completions, rows: [1.0])(rows, texts)[0][0]
+    assert "4 answers, but 1 values returned" in reward.by_function(lambda prompts, completions, rows: [1.0])(rows, texts)[0][0]
 
 
 def test_a_reward_that_hangs_is_ended(tmp_path):
@@ -229,8 +230,9 @@ def test_a_reward_that_hangs_is_ended(tmp_path):
     assert said[3].startswith(f"rows.jsonl:7: reward judge: KeyError: 'answer' ({file}:11); for") and "reward judge: Odd:" in said[5]
     assert "no answer within reward_timeout = 1 seconds: it hangs, or its process died" in said[6]
     assert said[8].startswith("rows.jsonl:7: reward judge: returned '1', expected a number")
-    with pytest.raises(ValueError, match="not at the top of"):
-        reward.by_function(lambda prompt, completion, row: 1.0, workers=1)
+    for other in (lambda prompt, completion, row: 1.0, functools.partial(function, row={})):
+        with pytest.raises(ValueError, match="is not a function at the top level of"):
+            reward.by_function(other, workers=1)
 
 
 @pytest.mark.parametrize("raised", ["OSError('no network')", "SystemExit(3)"])
@@ -277,7 +279,7 @@ def test_advantages_are_those_of_the_formulas(name, tmp_path, recorded, capsys):
     assert max(map(len, made.pieces)) > 1 and len(recorded) == 2
     beyond = [[abs(x) > 0.8 for g in each.groups for x in g.rewards] for each in recorded]
     assert [each.metrics["reward/clipped"] for each in recorded] == pytest.approx([*map(np.mean, beyond)]) and any(map(any, beyond))
-    assert capsys.readouterr().err.count("beyond reward_clip = 0.8 and count as that much") == 1
+    assert capsys.readouterr().err.count("beyond reward_clip = 0.8 and are clipped to it") == 1
     rewards, steps = [], []
     old, reference, values = (by_answer(made, f"{column}") for column in ("old_log_probs", "reference_log_probs", "old_values"))
     for g in made.groups:
@@ -474,7 +476,7 @@ def test_resume_in_the_middle_of_a_rollout_is_bitwise(tmp_path, recorded):
                 kl_target=0.001, kl_horizon=100, critic_warmup=2, dtype="float32", save_dtype="float32", micro_batch_tokens=128)
     start(tmp_path, "ppo", "whole", max_steps=12, **more)
     start(tmp_path, "ppo", "parts", max_steps=6, **more)
-    with pytest.raises(ValueError, match="checkpoint-6: step 6 is inside a rollout with 3 samples_per_prompt; go on with as many"):
+    with pytest.raises(ValueError, match="checkpoint-6: step 6 is inside a rollout with 3 samples_per_prompt; resume with the same number"):
         train.train(config.load([*options(tmp_path, "ppo", "parts", max_steps=12, **more), "--resume", "--samples_per_prompt=2"]))
     train.train(config.load([*options(tmp_path, "ppo", "parts", max_steps=12, **more), "--resume"]))
     assert len(recorded) == 3 + 2 + 1
@@ -582,16 +584,16 @@ def test_models_judge_answers(tmp_path, recorded):
 
 @pytest.mark.parametrize("more, message", [
     (dict(advantages="gae"), "advantages = 'gae' needs a critic"),
-    (dict(samples_per_prompt=1), "advantages = 'group_norm' compare the answers to one prompt; set samples_per_prompt above 1"),
-    (dict(rollout_prompts=20), "rollout_prompts = 20 are no whole number of steps of batch_size = 13"),
-    (dict(temperature=0), "temperature = 0 answers a prompt in one way only"),
+    (dict(samples_per_prompt=1), "advantages = 'group_norm' compares several answers to the same prompt; set samples_per_prompt above 1"),
+    (dict(rollout_prompts=20), "rollout_prompts = 20; expected a multiple of batch_size = 13"),
+    (dict(temperature=0), "temperature = 0 gives each prompt one fixed answer"),
     (dict(advantages="reinforce", gamma=1.5), "gamma = 1.5: a reward would count more the later it comes; set it to at most 1"),
     (dict(max_new_tokens=64), "max_new_tokens = 64 leaves nothing for the prompt"),
     (dict(micro_batch_tokens=8), "a prompt with its responses takes 18 tokens and micro_batch_tokens is 8"),
     (dict(reward="nowhere"), "nowhere: no such folder"),
     (dict(critic="nowhere"), "critic = 'nowhere' does nothing in ppo without the value loss; leave it out"),
     (dict(samples_per_prompt=1, lam=0.5), "lam = 0.5 does nothing in ppo without advantages = 'gae'"),
-    (dict(objective={"ppo": 1.0, "sft": 0.1}), "rows of prompts show no response that sft could imitate"),
+    (dict(objective={"ppo": 1.0, "sft": 0.1}), "prompts rows have nothing for sft to imitate; drop it"),
     (dict(kl_target=0.1), "kl_target = 0.1 does nothing in ppo without kl_coef"),
     (dict(top_p=1.5), "top_p = 1.5; expected at most 1"),
     (dict(eval_prompts=ROWS["prompts"], eval_data=ROWS["prompts"]), "eval_data and eval_prompts are both prompts"),

@@ -111,7 +111,7 @@ def test_best_of_n_takes_the_highest_reward(reward_run, tmp_path, monkeypatch, c
     assert found == [json.loads(line) for line in open(tmp_path / "b.jsonl")]  # a function of the seed
     with pytest.raises(SystemExit, match="best needs --reward"):
         sample.main(["best", "--model=x", "--data=y"])
-    with pytest.raises(SystemExit, match="is no language model, it gives reward"):
+    with pytest.raises(SystemExit, match="is not a language model, its output is reward"):
         sample.main([*given[:1], f"--model={reward_run}", *given[2:]])
 
 
@@ -288,7 +288,7 @@ def test_unlabelled_steps_do_not_count(tmp_path, monkeypatch):
 
 
 def test_a_model_has_one_score_head():
-    with pytest.raises(ValueError, match="of score heads with 1 and 2 labels; a model has one|of score heads with 2 and 1"):
+    with pytest.raises(ValueError, match="need score heads with 1 and 2 labels; a model has only one|need score heads with 2 and 1"):
         model.modules(["reward", "step_logits"])
 
 
@@ -326,7 +326,7 @@ def test_generate_answers_rows_and_a_prompt(language_run, tmp_path, monkeypatch,
 @pytest.mark.parametrize("command, said", [
     ("generate --prompt=1 --reward=nowhere", "--reward does nothing in generate; leave it out"), ("score --data=x --n=5", "--n does nothing in score"),
     ("chat --data=x", "--data does nothing in chat"), ("generate --prompt=1 --data=x", "or --prompt, and not both"),
-    ("merge --out=x --weight=0.3", "--weight is of two models"), ("generate --data=x --system=y", "--system goes with --prompt; rows of --data have theirs in a column"),
+    ("merge --out=x --weight=0.3", "--weight is the share of --model when two are merged"), ("generate --data=x --system=y", "--system is for --prompt; with --data, a row's system message is in its column"),
     ("best --prompt=1 --reward={model} --max_new_tokens=100000000", "is a language model; expected a reward model")])
 def test_what_does_nothing_is_refused(command, said, language_run):
     """The last: before any answer is made."""
@@ -416,7 +416,7 @@ def test_runs_are_drawn(language_run, reward_run, tmp_path, capsys, monkeypatch)
     (tmp_path / "mine.jsonl").write_text('{"step": 1, "split": "train", "loss": 1.0, "seconds": 1.0, "tokens": 5, "mine": 2.0, "lr": 0.1}\n')
     plot.main([str(tmp_path / "mine.jsonl"), f"--out={tmp_path / 'mine.png'}"])
     assert titles == ["loss", "lr", "mine"]  # a metric of a fork, behind those that are known
-    with pytest.raises(SystemExit, match="no nothing in .*; there are step, split"):
+    with pytest.raises(SystemExit, match="no metric nothing in .*; found step, split"):
         plot.main([str(language_run), "--only=nothing"])
 
 
@@ -426,7 +426,7 @@ def test_two_models_are_compared(language_run, reward_run, tmp_path, monkeypatch
     train.train(config.load(options(tmp_path, "sft", "other", max_steps=1, seed=7, dtype="float32", scratch={**SMALL, "initializer_range": 0.3})))
     (tmp_path / "check.py").write_text("def check(prompt, completion, row):\n    return completion < '5'\n")
     (tmp_path / "none.py").write_text("seed = 1\n")
-    with pytest.raises(SystemExit, match="none.py: no check in it"):
+    with pytest.raises(SystemExit, match="none.py: defines no function check"):
         sample.main(["compare", f"--model={language_run}", f"--other={language_run}", f"--check={tmp_path / 'none.py'}", "--prompt=1+2"])
     given = ["compare", f"--model={language_run}", f"--reward={reward_run}", f"--check={tmp_path / 'check.py'}", "--max_new_tokens=5",
              "--data=tasks/arithmetic/problems_eval.jsonl", "--device=cpu"]
@@ -461,7 +461,7 @@ def test_merged_weights_are_the_mean(tmp_path, monkeypatch):
         assert torch.equal(narrow[name], one[name].bfloat16())
     described = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("0/model", "copy", "soup")]
     assert described[0] == described[1] and "reward_mean" in described[0] and "reward_mean" not in described[2]
-    for message, more in (("is there already", ("copy",)), ("differ in more than their weights", ("bad", f"--other={tmp_path / 'language'}"))):
+    for message, more in (("already exists", ("copy",)), ("differ in more than their weights", ("bad", f"--other={tmp_path / 'language'}"))):
         with pytest.raises(SystemExit, match=message):
             merge(*more)
 

@@ -351,7 +351,7 @@ def test_the_running_mean_is_of_all_steps_before(tmp_path, monkeypatch):
     for step in range(1, 5):
         total, count = json.loads((tmp_path / "delta" / f"checkpoint-{step}" / "state.json").read_text())["running"]["running_reward"]
         assert total / count == pytest.approx(sum(logged[:step]) / step, abs=1e-12)
-    with pytest.raises(ValueError, match="dpo was trained there, and this is bco_pair; name another --out_dir"):
+    with pytest.raises(ValueError, match="dpo was trained there, and this run trains bco_pair; name another --out_dir"):
         for name, steps in (("dpo", 1), ("bco_pair", 2)):
             train.train(config.load([*options(tmp_path, name, "other", save_every=1, max_steps=steps), "--resume"]))
     assert abs(logged[1]) > 1e-3 and lines(tmp_path / "delta")[1]["loss"] == pytest.approx(lines(tmp_path / "none")[1]["loss"], rel=1e-12)
@@ -428,7 +428,7 @@ def test_a_missing_stage_is_run_first(tmp_path, monkeypatch):
     assert by_config == by_folder != 0 and (tmp_path / "first.old2").is_dir()
     changed = (ROOT / "tasks/arithmetic/tokenizer.json").read_text().replace('"7": 10', '"7": 11').replace('"8": 11', '"8": 10')
     (tmp_path / "first" / "model" / "tokenizer.json").write_text(changed)
-    with pytest.raises(ValueError, match="first/model: token '[78]' is 1[01] there and 1[01] in .*; one model's ids are read by the other"):
+    with pytest.raises(ValueError, match="first/model: token '[78]' has id 1[01] there and 1[01] in .*; models that are used together need the same ids"):
         train.train(config.load(options(tmp_path, "dpo", "other tokens", max_steps=1, reference=tmp_path / "first", cache_dir=tmp_path / "empty")))
 
 
@@ -440,7 +440,7 @@ def test_two_stages_do_not_share_a_folder(tmp_path, monkeypatch):
     refused = lambda message, **more: pytest.raises(ValueError, train.train, config.load(options(tmp_path, "dpo", **more))).match(message)
     refused("this run and .*one.py would both write to out_dir = .*shared", out="shared", init_from=tmp_path / "one.py")
     (tmp_path / "inner.py").write_text(f"objective = 'sft'\ninit_from = 'scratch'\nout_dir = {str(tmp_path / 'run' / 'first')!r}\n")
-    refused("this run and .*inner.py would both write .*; give each its own, none in another", init_from=tmp_path / "inner.py")
+    refused("this run and .*inner.py would both write .*; give each its own folder, none nested", init_from=tmp_path / "inner.py")
     refused("one.py and .*other.py would both write", init_from=tmp_path / "one.py", reference=tmp_path / "other.py")
     assert not (tmp_path / "shared").exists() and not (tmp_path / "run").exists()
     cfg = config.load(options(tmp_path, "dpo", init_from=tmp_path / "one.py", reference=tmp_path / ".." / tmp_path.name / "one.py"))
@@ -480,9 +480,9 @@ def test_a_run_that_came_and_went_is_not_written_over(tmp_path, monkeypatch):
 def test_what_scratch_does_not_read_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     train.train(config.load(options(tmp_path, "sft", max_steps=1, scratch={**SMALL, "num_key_value_head": 4, "softcap": 30.0})))
-    assert "scratch: num_key_value_head, softcap: not read of a llama model" in capsys.readouterr().err
+    assert "scratch: num_key_value_head, softcap: not used by a llama model" in capsys.readouterr().err
     train.train(config.load(options(tmp_path, "sft", "plain", max_steps=1)))
-    assert "not read" not in capsys.readouterr().err
+    assert "not used" not in capsys.readouterr().err
 
 
 def test_a_slip_is_found_before_the_stages(tmp_path, monkeypatch):
@@ -513,8 +513,8 @@ def test_two_runs_do_not_work_in_one_folder(tmp_path, monkeypatch):
             assert running.is_alive()
             time.sleep(0.1)
         before = sorted(tmp_path.iterdir())
-        for message, arguments in (("long: another run is at work there", [*given("long", max_steps=1), "--resume"]),
-                                   ("first: another run is at work there, or begins from it", given("short", seed=5))):
+        for message, arguments in (("long: another run is writing there", [*given("long", max_steps=1), "--resume"]),
+                                   ("first: another run is writing there or has started from it", given("short", seed=5))):
             with pytest.raises(ValueError, match=message):
                 train.train(config.load(arguments))
         assert sorted(tmp_path.iterdir()) == before
@@ -539,14 +539,14 @@ def test_what_goes_on_is_the_run_that_was(tmp_path, monkeypatch, capsys):
     go("--resume", max_steps=2, save_every=1)
     go("--resume", max_steps=2, log_every=5, device="auto")  # neither changes the result
     assert capsys.readouterr().out.count("is finished already") == 2 and model_file.stat().st_mtime_ns == made
-    with pytest.raises(ValueError, match="dpo was trained there, and this is ipo; name another --out_dir"):
+    with pytest.raises(ValueError, match="dpo was trained there, and this run trains ipo; name another --out_dir"):
         train.train(config.load([*options(tmp_path, "ipo", max_steps=3), "--resume"]))
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == written
     go("--resume", max_steps=3, lr=1e-4)
-    assert "goes on with other settings than before: lr 0.01 -> 0.0001; max_steps 2 -> 3" in capsys.readouterr().out
+    assert "continues with changed settings: lr 0.01 -> 0.0001; max_steps 2 -> 3" in capsys.readouterr().out
     there = (tmp_path / "run" / "metrics.jsonl").read_text()
     for steps in (1, 2):  # 3 was not saved
-        with pytest.raises(ValueError, match=f"its newest checkpoint is of step 2, and the run ends at {steps}: no step is left"):
+        with pytest.raises(ValueError, match=f"its newest checkpoint is of step 2, and the run ends at step {steps}: no step is left"):
             go("--resume", max_steps=steps)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == there
     go(out="other dtype", max_steps=1, save_every=1)
