@@ -90,7 +90,7 @@ def finished(out: Path) -> bool:
 
 
 def written_to(out: Path) -> bool:
-    """Whether a run has written to the folder; a lock file alone does not count."""
+    """Whether there is anything in the folder; a lock file alone does not count."""
     return out.exists() and any(path.name != "lock" for path in out.iterdir())
 
 

@@ -281,7 +281,7 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
             if owners:
                 raise ValueError(f"{where}: {'+'.join(weights)} has no hyperparameter {key!r} (it belongs to {', '.join(owners)})")
             raise ValueError(f"{where}: unknown key {key!r:.40}.{suggestion(key, [*TYPES, *hyperparameters], ELSEWHERE)} "
-                             f"`python train.py --help` lists every key; in a config file, other names have to begin with _")
+                             f"`python train.py --help` lists every key; in a config file, other values have to begin with _")
     given = {key: values[key] for key in source}
     bound = {name: {k: given.get(f"{name}_{k}", given.get(k, default)) for k, default in OBJECTIVES[name].hyperparameters.items()}
              for name in weights}
@@ -368,13 +368,16 @@ NEEDS = {  # key -> (whether the key is used, given the config and the streams t
 }
 
 
-def check_complete(cfg: types.SimpleNamespace, read: set[str], language: bool):
-    """Raise for what a run lacks or what does not go together: now, and not after its earlier stages have run. read: streams that
-    its losses read; language: whether they train a language model."""
-    losses, estimator = "+".join(cfg.weights), ADVANTAGES[cfg.advantages]
+def check_complete(cfg: types.SimpleNamespace):
+    """Raise for what the config of a run, or of a stage before it, lacks or what does not go together: now, and not after stages
+    have run."""
+    losses, estimator, read = "+".join(cfg.weights), ADVANTAGES[cfg.advantages], streams(terms(cfg, False))
+    language = bool({"log_probs", "entropy", "logits"} & read)
     others = ", ".join(name for name, other in ADVANTAGES.items() if not other.critic)
     always = (
         (cfg.init_from == "scratch" and not cfg.tokenizer, "init_from = 'scratch' needs tokenizer, a folder with tokenizer.json"),
+        (cfg.init_from == "scratch" and not cfg.scratch,
+         "init_from = 'scratch' needs scratch = {model_type, hidden_size, ...}, as in config.json"),
         (not cfg.train_data, "train_data is empty; name the files to train on"),
         (cfg.eval_prompts and not (cfg.check or cfg.reward),
          "eval_prompts need check, a function (prompt, completion, row) -> bool in the config file"),
@@ -405,6 +408,8 @@ def check_complete(cfg: types.SimpleNamespace, read: set[str], language: bool):
     for wrong, said in always + rollouts * rolls(cfg):
         if wrong:
             raise ValueError(said)
+    for path in stage_files(cfg):
+        check_complete(load_stage(path, cfg))
 
 
 def data_kind(cfg: types.SimpleNamespace) -> str:

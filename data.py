@@ -667,18 +667,22 @@ def render(draft: Draft, tokenizer: Tokenizer, train_on: str, tools: list | None
             check_said(messages[i], after[len(before):])
             spans.append((len(before) - begin, len(after.rstrip()) - begin))  # templates put a newline after EOS
         if not spans:
-            raise ValueError("no assistant message to train on")
+            greeting = ", but for a greeting, which the chat template cannot prompt for" * (messages[0]["role"] == "assistant")
+            raise ValueError(f"no assistant message to train on{greeting}")
         responses.append((text[begin:begin + spans[-1][1]], spans))
     return prompt, responses
 
 
 def opens(messages: list[dict], rendered: Callable) -> bool:
     """Whether the template can prompt for the greeting that a conversation begins with; otherwise the greeting is context."""
+    asked = [{"role": "user", "content": "a"}]
     try:
         header, text = rendered([], add_generation_prompt=True), rendered(messages[:1], add_generation_prompt=False)
+        usual = rendered(asked, add_generation_prompt=True).removeprefix(rendered(asked, add_generation_prompt=False))
     except ValueError:  # a template that needs a message
         return False
-    return text.startswith(header) and text[len(header):].lstrip().startswith((messages[0]["content"] or "").strip())
+    at_once = text[len(header):].lstrip().startswith((messages[0]["content"] or "").strip())
+    return text.startswith(header) and (header.endswith(usual) if usual else at_once)
 
 
 def check_said(m: dict, text: str):

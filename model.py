@@ -665,7 +665,7 @@ def scratch(config: dict, seed: int, heads: dict[str, int] = LANGUAGE) -> Decode
 
 def load_model(cfg, machine, name: str, tokenizer, outputs: list[str]) -> tuple[Decoder, torch.dtype]:
     """The model that a run starts from, or another that it uses, with the heads for these outputs: one code path for all, so that
-    policy and reference agree to the last bit. cfg, machine, tokenizer: from config.py, machine.py and data.py."""
+    policy and reference agree. cfg, machine, tokenizer: from config.py, machine.py and data.py."""
     heads = modules(outputs, bool(cfg.reward_tokens))
     if name == "scratch":
         if not cfg.scratch:

@@ -8,6 +8,7 @@ Nothing is trained, and no stage is run.
 """
 import argparse
 import itertools
+import json
 import os
 import re
 import sys
@@ -134,8 +135,10 @@ def main(arguments: list[str]):
     longest = np.array([len(e.prompt) + max(map(len, e.responses), default=0) for e in examples])
     counts = data.count(examples)
     trained = counts["steps"] or counts["tokens"]
-    unknown = tokenizer.fast.token_to_id(getattr(tokenizer.fast.model, "unk_token", None) or "")
-    if found := sum(np.count_nonzero(ids == unknown) for e in examples for ids in (e.prompt, *e.responses)):
+    described = json.loads(tokenizer.fast.to_str())["model"]
+    unknown = described.get("unk_id", tokenizer.fast.token_to_id(described.get("unk_token") or ""))
+    none = unknown in (None, tokenizer.bos, tokenizer.eos)  # GPT-2 names its EOS, and knows every byte
+    if found := 0 if none else sum(np.count_nonzero(ids == unknown) for e in examples for ids in (e.prompt, *e.responses)):
         print(f"{found:,} tokens are {tokenizer.fast.id_to_token(unknown)}: the tokenizer does not know these characters\n")
     print(histogram(longest, cfg.max_length))
     if not trained:  # prompts: the answers to train on are not generated yet

@@ -96,6 +96,10 @@ class Failed(str):
     """A message about what went wrong, in place of a function's result."""
 
 
+class Unloaded(Failed):
+    """A worker could not load the function: no answer's fault, so an error whatever bad_rewards says."""
+
+
 def told(error: Exception) -> Failed:
     """The error's message, and the line of the called function that it came from."""
     frames = traceback.extract_tb(error.__traceback__, limit=2)[1:]
@@ -124,6 +128,9 @@ def in_batch(function: Callable) -> Callable:
     return calls
 
 
+START = 600  # seconds that a pool may take to start
+
+
 class Workers:
     """Processes that call a function. If a call hangs, its whole pool is ended, and a new one goes on with the next answer."""
 
@@ -140,10 +147,18 @@ class Workers:
         for i in range(len(asked)):
             if results is None:
                 self.pool = self.pool or multiprocessing.get_context("spawn").Pool(self.workers, begin, self.place)
-                self.pool.apply(bool)  # start-up and imports do not count towards the timeout
+                try:
+                    self.pool.apply_async(bool).get(START)  # start-up and imports do not count towards the timeout
+                except multiprocessing.TimeoutError:
+                    self.pool.terminate()
+                    raise ValueError(f"reward_workers: no process was ready after {START} seconds; {self.place[0]} may end them "
+                                     f"as they load it") from None
                 results = self.pool.imap(call, asked[i:])
             try:
-                yield results.next(self.timeout)  # the i-th result: those before it are done
+                result = results.next(self.timeout)  # the i-th result: those before it are done
+                if isinstance(result, Unloaded):
+                    raise ValueError(result)
+                yield result
             except multiprocessing.TimeoutError:
                 self.pool.terminate()
                 self.pool = results = None
@@ -158,7 +173,9 @@ def begin(file: str, name: str):
     try:
         function = runpy.run_path(file)[name]
     except BaseException as error:
-        said = Failed(f"in a process of reward_workers, {told(error)}")
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{type(error).__name__}: {error} ({at.filename}:{at.lineno})"
+        said = Unloaded(f"reward_workers: a process cannot load {name}: {where}")
         function = lambda *given: said
 
 

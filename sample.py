@@ -290,12 +290,12 @@ def main(arguments: list[str]):
         options.n = options.n or {"best": 8}.get(options.what, 1)
         usual = {"truncation": "error", "compile": "auto" if options.data else False}  # for one answer it would not pay
         said = COMMANDS[options.what](options, config.load(rest, ("sample.py", usual))) or []
-    beside_each_other = options.what == "compare" and not options.out and sys.stdout.isatty()
-    text = "".join((beside(line) if beside_each_other else json.dumps(line)) + "\n" for line in said)
-    if options.out and options.what != "merge":
-        Path(options.out).write_text(text)
-    else:
-        print(text, end="")
+        beside_each_other = options.what == "compare" and not options.out and sys.stdout.isatty()
+        text = "".join((beside(line) if beside_each_other else json.dumps(line)) + "\n" for line in said)
+        if options.out and options.what != "merge":
+            Path(options.out).write_text(text)
+        else:
+            print(text, end="")
 
 
 if __name__ == "__main__":

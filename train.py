@@ -72,6 +72,7 @@ def train(cfg):
         return
     report.check_tracker(cfg.track)
     config.check_folders(cfg)
+    config.check_complete(cfg)
     supply_of = SUPPLIES.get(config.data_kind(cfg), Rows)
     run = prepared(cfg, machine, say, supply_of.provides)
     decoder, terms, outputs, layout = run.decoder, run.terms, run.outputs, run.layout
@@ -262,7 +263,6 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
     if missing:
         raise ValueError(f"objective {'+'.join(cfg.weights)}: a run cannot train it, because nothing provides "
                          f"{', '.join(sorted(missing))}; it can only be called on tensors, see losses.py")
-    config.check_complete(cfg, streams, "lm_head" in model.modules(outputs))
     for paths in filter(None, (cfg.train_data, cfg.eval_data, cfg.eval_prompts)):
         data.files_of(paths)  # a missing file is an error now, not after the stages have run
     folders = {name: run_stage(name, cfg, machine, say) for name in config.stage_files(cfg)}
@@ -446,7 +446,7 @@ def judge(run: Run, rewards: Callable | None) -> dict[str, float]:
 
 
 def samples(run: Run) -> list[tuple[str, str]]:
-    """A few (prompt, greedy answer) texts, on rank 0; none on other ranks, or if the model is no language model."""
+    """A few (prompt, greedy answer) texts, on rank 0; none on other ranks, or of a model that does not answer or has diverged."""
     if run.machine.rank or not run.answers():
         return []
     prompts = [e.prompt.tolist() for e in run.questions().examples[:run.cfg.samples]]

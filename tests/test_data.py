@@ -1039,6 +1039,17 @@ def test_turns_that_say_so_are_not_trained(flag, tmp_path):
         one(tmp_path, {"messages": [U("1"), {**A("2"), **flag}]}, tokenizer)
 
 
+@pytest.mark.parametrize("header", ["=", ""])
+def test_a_greeting_that_the_template_can_ask_for_is_trained(header, tmp_path):
+    """Whatever the template puts between its header and the content, if it has a header."""
+    template = "{% for m in messages %}{{ '+' if m.role == 'user' else '" + header + "' }}{{ m.reasoning_content or '' }}{{ m.content }}{% endfor %}" \
+               + (f"{{{{ '{header}' if add_generation_prompt }}}}" if header else "")
+    tokenizer, thinking = with_template(tmp_path, ARITHMETIC, template), {"reasoning_content": "77"} if header else {}
+    example, _ = one(tmp_path, {"messages": [{**A("8"), **thinking}, U("1"), A("2")]}, tokenizer)
+    assert runs(tokenizer, example.responses[0], example.scored[0])[0].startswith("778" if header else "8")
+    assert len(runs(tokenizer, example.responses[0], example.scored[0])) == 2
+
+
 @pytest.mark.parametrize("system", ["{% if messages %}9+9={% endif %}", "{{ '9+9=' if messages[0].role != 'system' }}"])
 def test_a_greeting_that_the_template_cannot_ask_for_is_context(system, tmp_path):
     """What it makes of no message is not what the conversation begins with, or an error."""
@@ -1046,6 +1057,8 @@ def test_a_greeting_that_the_template_cannot_ask_for_is_context(system, tmp_path
     tokenizer = with_template(tmp_path, ARITHMETIC, template)
     example, _ = one(tmp_path, {"messages": [A("8"), U("1"), A("2"), U("3"), A("4")]}, tokenizer)
     assert tokenizer.decode(example.prompt.tolist()) == "9+9=81=" and len(runs(tokenizer, example.responses[0], example.scored[0])) == 2
+    with pytest.raises(ValueError, match="no assistant message to train on, but for a greeting, which the chat template cannot prompt for"):
+        one(tmp_path, {"messages": [A("8"), U("1")]}, tokenizer)
 
 
 @pytest.mark.parametrize("row, prompt, responses, chosen, rejected", [
