@@ -488,13 +488,16 @@ def test_what_scratch_does_not_read_is_named(tmp_path, monkeypatch, capsys):
 def test_a_slip_is_found_before_the_stages(tmp_path, monkeypatch):
     """Files that are not there, and what a run lacks."""
     monkeypatch.chdir(ROOT)
-    (tmp_path / "first.py").write_text(f"objective = 'sft'\ninit_from = 'scratch'\nout_dir = {str(tmp_path / 'first')!r}\n")
+    stage = f"objective = 'sft'\ninit_from = 'scratch'\nscratch = {SMALL}\ntokenizer = 'tasks/arithmetic'\nout_dir = {str(tmp_path / 'first')!r}\n"
+    (tmp_path / "first.py").write_text(stage + f"train_data = {ROWS['sft']!r}\n")
+    (tmp_path / "second.py").write_text(stage.replace("first", "second"))
     for key in ("train_data", "eval_data"):
         with pytest.raises(ValueError, match="nowhere.jsonl: no such file"):
             train.train(config.load(options(tmp_path, "dpo", init_from=tmp_path / "first.py", **{key: tmp_path / "nowhere.jsonl"})))
     for name, wrong, message in (("kd", dict(teacher=""), "distillation needs teacher"), ("ppo", dict(reward=""), "rollouts need reward"),
                                  ("ppo", dict(reward={"x": "y"}), "reward = {'x': 'y'}; expected a function"),
-                                 ("ppo", dict(advantages="gae"), "needs a critic"), ("rm", dict(eval_prompts="x"), "eval_prompts need check")):
+                                 ("ppo", dict(advantages="gae"), "needs a critic"), ("rm", dict(eval_prompts="x"), "eval_prompts need check"),
+                                 ("dpo", dict(reference=tmp_path / "second.py"), "train_data is empty")):
         with pytest.raises(ValueError, match=message):
             train.train(config.load(options(tmp_path, name, init_from=tmp_path / "first.py", **wrong)))
     assert not (tmp_path / "first").exists()
