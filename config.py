@@ -409,7 +409,11 @@ def check_complete(cfg: types.SimpleNamespace):
         if wrong:
             raise ValueError(said)
     for path in stage_files(cfg):
-        check_complete(load_stage(path, cfg))
+        stage = load_stage(path, cfg)
+        try:
+            check_complete(stage)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def data_kind(cfg: types.SimpleNamespace) -> str:

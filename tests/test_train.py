@@ -497,7 +497,7 @@ def test_a_slip_is_found_before_the_stages(tmp_path, monkeypatch):
     for name, wrong, message in (("kd", dict(teacher=""), "distillation needs teacher"), ("ppo", dict(reward=""), "rollouts need reward"),
                                  ("ppo", dict(reward={"x": "y"}), "reward = {'x': 'y'}; expected a function"),
                                  ("ppo", dict(advantages="gae"), "needs a critic"), ("rm", dict(eval_prompts="x"), "eval_prompts need check"),
-                                 ("dpo", dict(reference=tmp_path / "second.py"), "train_data is empty")):
+                                 ("dpo", dict(reference=tmp_path / "second.py"), "second.py: train_data is empty")):
         with pytest.raises(ValueError, match=message):
             train.train(config.load(options(tmp_path, name, init_from=tmp_path / "first.py", **wrong)))
     assert not (tmp_path / "first").exists()
