@@ -600,7 +600,8 @@ def test_the_compiled_version_is_made_once():
     assert losses.compiled(losses.dpo) is losses.compiled(losses.dpo)
 
 
-@pytest.mark.parametrize("name", losses.OBJECTIVES)
+@pytest.mark.parametrize("name", [name if name in ("sft", "lm", "dpo", "aot", "kto", "rm_plackett_luce", "prm", "ppo") else
+                                  pytest.param(name, marks=pytest.mark.slow) for name in losses.OBJECTIVES])
 def test_the_compiled_version_takes_every_size(name):
     """No rows, one row, classes of one size, tokens as many as rows, with and without gradient, fp16 and fp32: graphs of their
     own, and never an error about too many of them."""

@@ -237,10 +237,10 @@ def test_a_reward_that_hangs_is_ended(tmp_path):
 
 @pytest.mark.parametrize("ends, message", [("raise OSError('no network')", r"a process cannot load judge: OSError: no network \(.*mine.py:4\)"),
                                            ("raise SystemExit(3)", r"a process cannot load judge: SystemExit: 3 \(.*mine.py:4\)"),
-                                           ("os._exit(3)", "no process was ready after 10 seconds; .*mine.py may end them")])
+                                           ("os._exit(3)", "no process was ready after 2 seconds; .*mine.py may end them")])
 def test_a_reward_that_no_worker_can_load_is_said(ends, message, tmp_path, monkeypatch):
     """A process of the pool that ended there would be started again, for ever, and the run would wait. No prompt is left out for it."""
-    monkeypatch.setattr(reward, "START", 10)
+    monkeypatch.setattr(reward, "START", 2 if "exit" in ends else 600)
     file = tmp_path / "mine.py"
     file.write_text(f"import multiprocessing\nimport os\nif multiprocessing.current_process().name != 'MainProcess':\n    {ends}\ndef judge(prompt, completion, row):\n    return 1.0\n")
     give = reward.by_function(config.runpy.run_path(str(file))["judge"], workers=1, timeout=30.0)
