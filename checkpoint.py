@@ -81,12 +81,9 @@ def fsync(path: Path):
 
 
 def run_json(out: Path) -> dict:
-    """The contents of a run's run.json; {} if there is none."""
-    return model.read_json(out / "run.json") if (out / "run.json").is_file() else {}
-
-
-def finished(out: Path) -> bool:
-    return bool(run_json(out).get("finished")) and (out / "model").is_dir()
+    """The contents of a run's run.json, if there is one; it is finished only if its model is there too."""
+    kept = model.read_json(out / "run.json") if (out / "run.json").is_file() else {}
+    return {**kept, "finished": bool(kept.get("finished")) and (out / "model").is_dir()}
 
 
 def written_to(out: Path) -> bool:
@@ -119,7 +116,8 @@ def hold(out: Path, machine, alone: bool = True):
 def finished_already(out: Path, now: dict, say: Callable) -> bool:
     """Whether a run that is to be resumed is finished, with the same settings. Changed settings are reported; another objective is
     an error, and so is a run with changed settings that is finished and has no checkpoint to resume from."""
-    before, over = run_json(out).get("settings", {}), finished(out)
+    kept = run_json(out)
+    before, over = kept.get("settings", {}), kept["finished"]
     changed = config.changes(before, now) if before else []
     if before and before["weights"].keys() != now["weights"].keys():
         raise ValueError(f"{out}: {'+'.join(before['weights'])} was trained there, and this run trains "
@@ -178,18 +176,13 @@ def clear(out: Path):
             shutil.rmtree(folder)
 
 
-def newest(out: Path) -> tuple[Path | None, int]:
-    """The newest checkpoint and its step, or None and 0."""
-    folders = found(out)
-    return (folders[-1], int(folders[-1].name.removeprefix("checkpoint-"))) if folders else (None, 0)
-
-
 def resume(out: Path, state: State, machine, say: Callable, steps: int, settings: dict) -> int:
     """Restore the newest checkpoint, if any, and drop the metrics logged after it. steps, settings: those of the run as it is now.
     Returns how many steps are done."""
-    folder, step = newest(out)
-    before = run_json(out).get("settings", {}) | {"save_dtype": settings["save_dtype"]}  # a change of it needs no step
-    if step > steps or step == steps and finished(out) and config.changes(before, settings):
+    folder, kept = next(reversed(found(out)), None), run_json(out)
+    step = int(folder.name.removeprefix("checkpoint-")) if folder else 0
+    before = kept.get("settings", {}) | {"save_dtype": settings["save_dtype"]}  # a change of it needs no step
+    if step > steps or step == steps and kept["finished"] and config.changes(before, settings):
         raise ValueError(f"{out}: its newest checkpoint is of step {step}, and the run ends at step {steps}: no step is left to "
                          f"train with the settings given; raise max_steps or epochs, or name another --out_dir")
     machine.barrier()

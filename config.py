@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+import model
 from losses import ADVANTAGES, OBJECTIVES, OPTIONS, Term, bind, check, streams
 
 
@@ -369,10 +370,9 @@ NEEDS = {  # key -> (whether the key is used, given the config and the streams t
 
 
 def check_complete(cfg: types.SimpleNamespace):
-    """Raise for what the config of a run, or of a stage before it, lacks or what does not go together: now, and not after stages
-    have run."""
+    """Raise for what the config of a run lacks, or what does not go together in it."""
     losses, estimator, read = "+".join(cfg.weights), ADVANTAGES[cfg.advantages], streams(terms(cfg, False))
-    language = bool({"log_probs", "entropy", "logits"} & read)
+    language = "lm_head" in model.modules(sorted(read & model.HEADS.keys()))
     others = ", ".join(name for name, other in ADVANTAGES.items() if not other.critic)
     always = (
         (cfg.init_from == "scratch" and not cfg.tokenizer, "init_from = 'scratch' needs tokenizer, a folder with tokenizer.json"),
@@ -408,12 +408,6 @@ def check_complete(cfg: types.SimpleNamespace):
     for wrong, said in always + rollouts * rolls(cfg):
         if wrong:
             raise ValueError(said)
-    for path in stage_files(cfg):
-        stage = load_stage(path, cfg)
-        try:
-            check_complete(stage)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
 
 
 def data_kind(cfg: types.SimpleNamespace) -> str:
@@ -432,23 +426,31 @@ def stage_files(cfg: types.SimpleNamespace) -> list[str]:
     return [name for name in models if name.endswith(".py")]
 
 
-def stages(cfg: types.SimpleNamespace) -> dict[str, str]:
-    """config file -> out_dir, of every stage before a run and of those before these."""
+def stages(cfg: types.SimpleNamespace) -> dict[str, types.SimpleNamespace]:
+    """config file -> config, of every stage before a run and of those before these."""
     found = {}
     for path in stage_files(cfg):
         stage = load_stage(path, cfg)
-        found |= {os.path.relpath(path): stage.out_dir, **stages(stage)}
+        found |= {os.path.relpath(path): stage, **stages(stage)}
     return found
 
 
-def check_folders(cfg: types.SimpleNamespace):
-    """Raise if any two of a run and its stages would write to the same folder, or one inside the other's."""
-    taken = {}
-    for name, folder in {"this run": cfg.out_dir, **stages(cfg)}.items():  # a stage that is named twice is one
-        path = Path(os.path.realpath(folder))
+def check_run(cfg: types.SimpleNamespace):
+    """Raise, before any stage of a run has run, if two of these would write to the same folder, or one inside the other's, and for
+    what one of them lacks."""
+    before, taken = stages(cfg), {}
+    for name, run in {"this run": cfg, **before}.items():  # a stage that is named twice is one
+        path = Path(os.path.realpath(run.out_dir))
         for other in [other for other, its in taken.items() if path.is_relative_to(its) or its.is_relative_to(path)]:
-            raise ValueError(f"{other} and {name} would both write to out_dir = {folder!r}; give each its own folder, none nested")
+            raise ValueError(f"{other} and {name} would both write to out_dir = {run.out_dir!r}; give each its own folder, none "
+                             f"nested")
         taken[name] = path
+    check_complete(cfg)
+    for path, stage in before.items():
+        try:
+            check_complete(stage)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def rewards(cfg: types.SimpleNamespace) -> dict:

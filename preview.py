@@ -8,7 +8,6 @@ Nothing is trained, and no stage is run.
 """
 import argparse
 import itertools
-import json
 import os
 import re
 import sys
@@ -135,7 +134,7 @@ def main(arguments: list[str]):
     longest = np.array([len(e.prompt) + max(map(len, e.responses), default=0) for e in examples])
     counts = data.count(examples)
     trained = counts["steps"] or counts["tokens"]
-    described = json.loads(tokenizer.fast.to_str())["model"]
+    described = model.read_json(tokenizer.folder / "tokenizer.json")["model"]
     unknown = described.get("unk_id", tokenizer.fast.token_to_id(described.get("unk_token") or ""))
     none = unknown in (None, tokenizer.bos, tokenizer.eos)  # GPT-2 names its EOS, and knows every byte
     if found := 0 if none else sum(np.count_nonzero(ids == unknown) for e in examples for ids in (e.prompt, *e.responses)):

@@ -100,10 +100,10 @@ class Unloaded(Failed):
     """A worker could not load the function: no answer's fault, so an error whatever bad_rewards says."""
 
 
-def told(error: Exception) -> Failed:
-    """The error's message, and the line of the called function that it came from."""
-    frames = traceback.extract_tb(error.__traceback__, limit=2)[1:]
-    return Failed("".join([f"{type(error).__name__}: {error}", *(f" ({frame.filename}:{frame.lineno})" for frame in frames)]))
+def told(error: BaseException, frame: int = 1) -> Failed:
+    """The error's message, and the line that it came from: of the function called here, or in another frame of its traceback."""
+    frames = traceback.extract_tb(error.__traceback__)[frame:][:1]
+    return Failed("".join([f"{type(error).__name__}: {error}", *(f" ({at.filename}:{at.lineno})" for at in frames)]))
 
 
 def one_by_one(function: Callable) -> Callable:
@@ -173,9 +173,7 @@ def begin(file: str, name: str):
     try:
         function = runpy.run_path(file)[name]
     except BaseException as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{type(error).__name__}: {error} ({at.filename}:{at.lineno})"
-        said = Unloaded(f"reward_workers: a process cannot load {name}: {where}")
+        said = Unloaded(f"reward_workers: a process cannot load {name}: {told(error, frame=-1)}")
         function = lambda *given: said
 
 

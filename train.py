@@ -71,8 +71,7 @@ def train(cfg):
     if cfg.resume and checkpoint.finished_already(out, settings, say):
         return
     report.check_tracker(cfg.track)
-    config.check_folders(cfg)
-    config.check_complete(cfg)
+    config.check_run(cfg)
     supply_of = SUPPLIES.get(config.data_kind(cfg), Rows)
     run = prepared(cfg, machine, say, supply_of.provides)
     decoder, terms, outputs, layout = run.decoder, run.terms, run.outputs, run.layout
@@ -300,10 +299,9 @@ def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
     and redone if it was made with other settings (the old folder is kept under another name)."""
     stage = config.load_stage(path, cfg)
     out = Path(stage.out_dir)  # all ranks act on what rank 0 finds there
-    settings, found, over, begun = machine.share(
-        (config.settings(stage), checkpoint.run_json(out), checkpoint.finished(out), checkpoint.written_to(out)))[0]
+    settings, found, begun = machine.share((config.settings(stage), checkpoint.run_json(out), checkpoint.written_to(out)))[0]
     same = found.get("digest") == config.hashed(settings)
-    if same and over:
+    if same and found["finished"]:
         checkpoint.hold(out, machine, alone=False)
         say(f"{path}: already trained, in {out / 'model'}")
         return str(out / "model")

@@ -444,7 +444,7 @@ def test_two_stages_do_not_share_a_folder(tmp_path, monkeypatch):
     refused("one.py and .*other.py would both write", init_from=tmp_path / "one.py", reference=tmp_path / "other.py")
     assert not (tmp_path / "shared").exists() and not (tmp_path / "run").exists()
     cfg = config.load(options(tmp_path, "dpo", init_from=tmp_path / "one.py", reference=tmp_path / ".." / tmp_path.name / "one.py"))
-    assert config.stages(cfg) == {os.path.relpath(tmp_path / "one.py"): str(tmp_path / "shared")}  # one stage, named in two ways
+    assert {name: stage.out_dir for name, stage in config.stages(cfg).items()} == {os.path.relpath(tmp_path / "one.py"): str(tmp_path / "shared")}  # one stage, named in two ways
 
 
 def test_a_run_goes_on_in_another_dtype_and_not_with_another_optimizer(tmp_path, monkeypatch, capsys):
@@ -474,7 +474,7 @@ def test_a_run_that_came_and_went_is_not_written_over(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "prepared", meanwhile)
     with pytest.raises(ValueError, match="out_dir .*run is not empty"):
         train.train(config.load(options(tmp_path, "dpo")))
-    assert [line["step"] for line in lines(tmp_path / "run")] == [1] and checkpoint.finished(tmp_path / "run")
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1] and checkpoint.run_json(tmp_path / "run")["finished"]
 
 
 def test_what_scratch_does_not_read_is_named(tmp_path, monkeypatch, capsys):
