@@ -712,7 +712,7 @@ def bench_ranks(o):
                 how = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
                 run = ["--objective=dpo", f"--init_from={o.model}", f"--train_data={o.data}", f"--device={o.device}",
                        f"--out_dir={folder}/run", f"--cache_dir={folder}", "--max_length=512", "--batch_size=8", "--max_steps=4",
-                       "--micro_batch_tokens=1024", "--reference_free=True", *o.options.split()]
+                       "--reference_free=True", *o.options.split()]
                 subprocess.run([sys.executable, *how, "train.py", *run], check=True, capture_output=True,
                                env={**os.environ, "OMP_NUM_THREADS": str(cores // ranks)})
                 lines = metrics_of(Path(folder) / "run")

@@ -12,6 +12,7 @@ import difflib
 import functools
 import glob
 import gzip
+import heapq
 import itertools
 import json
 import math
@@ -1001,6 +1002,21 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+def spread(lengths: list[int], capacity: int, ranks: int) -> list[list[int]]:
+    """`pack` for several ranks: into a multiple of as many bins, the next longest always into the emptiest, so that each rank's
+    share takes about as long."""
+    bins = pack(lengths, capacity)
+    for count in itertools.count(-(-len(bins) // ranks) * ranks, ranks) if ranks > 1 else ():
+        bins, emptiest = [[] for _ in range(count)], [(0, b) for b in range(count)]
+        for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+            load, b = emptiest[0]
+            bins[b].append(i)
+            heapq.heapreplace(emptiest, (load + lengths[i], b))
+        if max(emptiest, default=(0,))[0] <= capacity:
+            break
+    return bins
+
+
 def count(examples: Sequence[Example]) -> dict[str, int]:
     """Counts over a whole step; each loss's sum is divided by one of them."""
     total = Counter()
@@ -1029,11 +1045,11 @@ def varlen(device: str, dtype: torch.dtype) -> bool:
 def micro_batches(dataset: Dataset, rows: np.ndarray, layout: Layout, rank: int = 0, world: int = 1):
     """The examples of a step, packed; this rank's share of the streams, and the counts over all of them.
 
-    Which examples share a stream does not depend on the number of ranks. A rank without a share gets a stream with
-    nothing to score, so that it takes part in every collective.
+    All ranks get as many streams. Where there are fewer examples than that, a stream has nothing to score, so that its rank
+    takes part in every collective.
     """
     examples = [dataset.examples[i] for i in rows]
-    streams = pack([e.length for e in examples], layout.tokens)
+    streams = spread([e.length for e in examples], layout.tokens, world)
     shares = streams[rank::world] or [[]]
     return [build([(int(rows[i]), examples[i]) for i in share], dataset, layout) for share in shares], count(examples)
 

@@ -874,12 +874,35 @@ def test_pack():
     packs()
 
 
+def test_spread():
+    """For several ranks: a multiple of as many bins, whose loads differ by one item at most."""
+    hypothesis = pytest.importorskip("hypothesis")
+    number = hypothesis.strategies.integers
+
+    @hypothesis.given(hypothesis.strategies.lists(number(1, 50), max_size=60), number(50, 90), number(1, 9))
+    def spreads(lengths, capacity, ranks):
+        bins, packed = data.spread(lengths, capacity, ranks), data.pack(lengths, capacity)
+        loads = [sum(lengths[i] for i in b) for b in bins]
+        assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
+        assert len(bins) % ranks == 0 and len(bins) >= len(packed) and all(load <= capacity for load in loads)
+        if ranks == 1:
+            assert bins == packed
+        elif lengths:
+            assert max(loads) - min(loads) <= max(lengths)
+
+    spreads()
+    assert data.spread([5, 5, 5, 5], 20, 1) == [[0, 1, 2, 3]] and data.spread([5, 5, 5, 5], 20, 2) == [[0, 2], [1, 3]]
+    assert data.spread([3, 3, 2, 2, 2], 6, 2) == [[0], [1], [2, 4], [3]]  # in two, the emptiest bin would hold 7
+
+
 @pytest.mark.parametrize("static", [False, True])
-def test_micro_batches_over_ranks_are_those_of_one_rank(static):
+def test_micro_batches_share_a_step_between_ranks(static):
     dataset = as_dataset(random_trees(np.random.default_rng(0), 24, 97))
     rows, shape = data.step_rows(dataset, 0, 20, 0), layout(256, static)
+    tokens, longest = int(dataset.lengths[rows].sum()), int(dataset.lengths[rows].max())
 
-    def streams(world):
+    def step(world):
+        """What is scored, of each row; each rank's numbers of streams and of tokens."""
         shares, counts = zip(*(data.micro_batches(dataset, rows, shape, rank, world) for rank in range(world)))
         assert all(c == counts[0] for c in counts) and all(shares)  # no rank stays away
         batches = [batch for share in shares for batch in share]
@@ -887,14 +910,17 @@ def test_micro_batches_over_ranks_are_those_of_one_rank(static):
         assert sum(len(batch["target"]) for batch in batches) == counts[0]["tokens"] == sum(int(b["lengths"].sum()) for b in batches)
         assert sum(batch["num_responses"] for batch in batches) == counts[0]["responses"]
         assert sum(len(batch["chosen"]) for batch in batches) == counts[0]["pairs"]
-        real = [batch for batch in batches if batch["num_responses"]]
         assert all(len(batch["target"]) == 0 for batch in batches if not batch["num_responses"])
-        return sorted([b["tokens"].tolist(), b["rows"].tolist(), b["scored_index"].tolist()] for b in real), counts[0]
+        scored = sorted(pair for b in batches for pair in zip(b["scored_index"].tolist(), b["target"].tolist(), b["rows"][b["response"]].tolist()))
+        real = [sum(int(dataset.lengths[i]) for batch in share for i in batch["members"]) for share in shares]
+        return (scored, counts[0]), [*map(len, shares)], real
 
-    alone = streams(1)
-    assert len(alone[0]) > 3 and sorted({i for _, rows_of, _ in alone[0] for i in rows_of}) == sorted(rows.tolist())
-    for world in (2, 3, len(alone[0]) + 2):
-        assert streams(world) == alone
+    alone, streams, _ = step(1)
+    assert streams[0] > 3 and sorted({row for _, _, row in alone[0]}) == sorted(rows.tolist())
+    for world in (2, 3, streams[0] + 2, 30):
+        found, streams, real = step(world)
+        assert found == alone and len({*streams}) == 1 and sum(real) == tokens
+        assert max(real) - min(real) <= longest * streams[0]
 
 
 def tree(prompt, responses, scored, chosen=(), rejected=()):

@@ -91,7 +91,7 @@ def test_compiled_with_idle_rank_eval_and_stage_shapes(tmp_path):
 
 @pytest.mark.parametrize("name, batch_size", [*((name, 26) for name in WIRINGS.values()), ("dpo", 1), ("aot", 1)])
 def test_micro_batches_and_ranks_do_not_matter(name, batch_size, tmp_path, monkeypatch):
-    """float64, 4 AdamW steps: one stream, many small streams, and two ranks of which each has its own number of them
+    """float64, 4 AdamW steps: one stream, many small streams, and two ranks, between which other streams are shared evenly
     (with one row a step, the second rank has nothing to do but to take part)."""
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("RANK", raising=False)
@@ -103,7 +103,7 @@ def test_micro_batches_and_ranks_do_not_matter(name, batch_size, tmp_path, monke
     dataset = data.load(cfg.train_data, config.data_kind(cfg), data.Tokenizer(ROOT / "tasks/arithmetic"), cfg, False)
     rows = [data.step_rows(dataset, step, batch_size, 0) for step in range(4)]
     streams = [len(data.pack([dataset.examples[i].length for i in r], 128)) for r in rows]
-    assert any(n % 2 for n in streams) or name in ROLLED  # the ranks had different numbers of micro-batches
+    assert any(n % 2 for n in streams) or name in ROLLED  # one rank's streams are not those of two
     large = weights(tmp_path / "large" / "model")
     for out in ("small", "ranks"):
         assert_close(weights(tmp_path / out / "model"), large, 1e-9)
