@@ -113,10 +113,10 @@ def hold(out: Path, machine, alone: bool = True):
         raise ValueError(f"{out}: another run is writing there or has started from it; wait until it ends or name another out_dir")
 
 
-def finished_already(out: Path, now: dict, say: Callable) -> bool:
+def finished_already(out: Path, now: dict, machine, say: Callable) -> bool:
     """Whether a run that is to be resumed is finished, with the same settings. Changed settings are reported; another objective is
     an error, and so is a run with changed settings that is finished and has no checkpoint to resume from."""
-    kept = run_json(out)
+    folder, kept = newest(out, machine)
     before, over = kept.get("settings", {}), kept["finished"]
     changed = config.changes(before, now) if before else []
     if before and before["weights"].keys() != now["weights"].keys():
@@ -124,7 +124,7 @@ def finished_already(out: Path, now: dict, say: Callable) -> bool:
                          f"{'+'.join(now['weights'])}; name another --out_dir")
     if over and not changed:
         say(f"{out} is finished already: {out / 'model'}")
-    elif over and not found(out):
+    elif over and not folder:
         raise ValueError(f"{out} is finished and holds no checkpoint to go on from ({'; '.join(changed)}); name another --out_dir")
     elif changed:
         say(f"{out} continues with changed settings: {'; '.join(changed)}")
@@ -139,6 +139,14 @@ def found(out: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     folders = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
     return sorted(folders, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def newest(out: Path, machine) -> tuple[Path | None, dict]:
+    """The newest checkpoint, if any, and run_json, as rank 0 sees them; an error if another rank cannot see the checkpoint."""
+    folder, kept = machine.share((next(reversed(found(out)), None), run_json(out)))[0]
+    if machine.any(bool(folder) and not folder.is_dir()):
+        raise ValueError(f"{folder}: not every rank can see it; put out_dir on a file system that all machines share")
+    return folder, kept
 
 
 def save(out: Path, step: int, state: State, write_model: Callable, keep: int, config: dict, world: int):
@@ -179,13 +187,12 @@ def clear(out: Path):
 def resume(out: Path, state: State, machine, say: Callable, steps: int, settings: dict) -> int:
     """Restore the newest checkpoint, if any, and drop the metrics logged after it. steps, settings: those of the run as it is now.
     Returns how many steps are done."""
-    folder, kept = next(reversed(found(out)), None), run_json(out)
+    folder, kept = newest(out, machine)
     step = int(folder.name.removeprefix("checkpoint-")) if folder else 0
     before = kept.get("settings", {}) | {"save_dtype": settings["save_dtype"]}  # a change of it needs no step
     if step > steps or step == steps and kept["finished"] and config.changes(before, settings):
         raise ValueError(f"{out}: its newest checkpoint is of step {step}, and the run ends at step {steps}: no step is left to "
                          f"train with the settings given; raise max_steps or epochs, or name another --out_dir")
-    machine.barrier()
     say(f"resuming from {folder}" if folder else f"{out} holds no checkpoint: starting from step 0")
     if folder:
         put_back(folder, step, state)

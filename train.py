@@ -68,7 +68,7 @@ def train(cfg):
     settings = machine.share(config.settings(cfg))[0]  # rank 0's, so that all ranks agree
     say = print if machine.rank == 0 else lambda *_: None
     checkpoint.check_free(out, cfg, machine)
-    if cfg.resume and checkpoint.finished_already(out, settings, say):
+    if cfg.resume and checkpoint.finished_already(out, settings, machine, say):
         return
     report.check_tracker(cfg.track)
     config.check_run(cfg)
@@ -94,6 +94,7 @@ def train(cfg):
         decoder, device_ids=[torch.cuda.current_device()] if machine.device == "cuda" else None,
         gradient_as_bucket_view=True)
     optimizer = optimizers.made(cfg, decoder)
+    clear = functools.partial(optimizer.zero_grad, set_to_none=machine.world == 1)  # DDP's are kept, as views of its buckets
     trained = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
     parameters, policy = [*trained.values()], [p for name, p in trained.items() if not model.of_critic(name)]
     scaler = torch.amp.GradScaler(machine.device, enabled=machine.dtype == torch.float16)
@@ -160,7 +161,7 @@ def train(cfg):
             meter, _ = gradient(dataset, [row], (step - 1) // supply.per_epoch)
             if not finite(meter, torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])):
                 names.append(dataset.examples[row].where)
-            optimizer.zero_grad()
+            clear()
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         said = f"these are not finite on their own: {', '.join(names[:5])}{more}" if names else "each is finite on its own"
         mend = "repair the rows or lower lr" if len(names) < len(rows) else (
@@ -207,7 +208,7 @@ def train(cfg):
         optimizer.found_inf = bad
         optimizer.step()
         scaler.update()
-        optimizer.zero_grad()
+        clear()
         bar.update()
         since, tokens = since + 1, tokens + counts["stream_tokens"]
 

@@ -677,3 +677,16 @@ print(faults() - before)
 """
     found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(found.stdout) < 2 * 200 * 256  # pages of 4 kB: 10 times 200 MB have 512,000
+
+
+def test_a_checkpoint_that_one_rank_does_not_see(tmp_path):
+    """On a disk that machines do not share, only rank 0's has it: an error on all of them, where they would go on from other steps."""
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    (tmp_path / "own.py").write_text(f"import os\nos.chdir({str(tmp_path)!r} + '/' + os.environ['RANK'])\n")
+    given = options(tmp_path, "sft", config=tmp_path / "own.py", out_dir="run", tokenizer=ROOT / "tasks/arithmetic", train_data=ROOT / ROWS["sft"], save_every=1, max_steps=2)
+    run(given, ranks=2)
+    before = {path: path.read_bytes() for path in (tmp_path / "0/run").rglob("*.*") if path.is_file()}
+    failed = run([*given, "--resume", "--max_steps=4"], ranks=2, check=False, timeout=120)
+    assert failed.returncode == 1 and "run/checkpoint-2: not every rank can see it; put out_dir on a file system" in failed.stderr
+    assert before == {path: path.read_bytes() for path in before}
