@@ -565,10 +565,16 @@ def find_folder(name: str) -> Path:
         raise ValueError(f"{name}: {found}; expected a model folder in Hugging Face layout or a hub name (owner/name); "
                          f"keys of a run may also name a config file (.py), and init_from 'scratch'")
     try:
-        from huggingface_hub import snapshot_download
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return downloaded(name)
     except Exception as error:
         raise ValueError(f"{name}: not a local folder, and cannot be downloaded from the hub: {str(error):.200}") from error
+
+
+@functools.cache
+def downloaded(name: str) -> Path:
+    """A hub model's folder; the hub is asked only once in a process."""
+    from huggingface_hub import snapshot_download
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
 
 
 def read_weights(folder: Path, names_only: bool = False) -> dict[str, Tensor | None]:

@@ -1,6 +1,9 @@
 """The decoder equals transformers' models, folders go there and back, and packing changes nothing."""
 import contextlib
 import json
+import os
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -10,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import model
-from conftest import TINY, as_dataset, layout, random_trees, tiny
+from conftest import ROOT, TINY, as_dataset, layout, random_trees, tiny
 
 FAMILIES = sorted(TINY)
 
@@ -311,3 +314,25 @@ def test_no_graph_is_made_after_the_first_step():
             graphs.append(counters["unique_graphs"])
     assert len({tokens for tokens, _ in shapes}) == 3 and len(shapes) > 6
     assert graphs[-1] == graphs[0] > 0, graphs
+
+
+def test_a_hub_name_is_looked_up_once(tmp_path):
+    """In the hub's own cache, without a network; a name that is not there is an error that says so."""
+    pytest.importorskip("huggingface_hub")
+    home = tmp_path / "hub/models--own--tiny"
+    (home / "snapshots/abc").mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs/main").write_text("abc")
+    (home / "snapshots/abc/config.json").write_text("{}")
+    code = """
+import shutil, sys, model
+print(model.find_folder("own/tiny").relative_to(sys.argv[1]))
+shutil.rmtree(sys.argv[1])
+print(model.find_folder("own/tiny").relative_to(sys.argv[1]))
+try:
+    model.find_folder("own/none")
+except ValueError as error:
+    print(str(error)[:70])
+"""
+    said = subprocess.run([sys.executable, "-c", code, tmp_path / "hub"], cwd=ROOT, env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    assert said.stdout.splitlines() == ["models--own--tiny/snapshots/abc"] * 2 + ["own/none: not a local folder, and cannot be downloaded from the hub: C"], said.stderr
