@@ -925,6 +925,11 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
 # Steps
 
 
+def steps(cfg, per_epoch: int) -> int:
+    """The optimizer steps of a run."""
+    return cfg.max_steps or math.ceil(cfg.epochs * per_epoch)
+
+
 def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
     return -(-len(dataset) // batch_size)
 

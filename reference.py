@@ -8,7 +8,7 @@ run through the training path: at step 0, policy and reference agree up to round
 import gc
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,7 @@ def reference_source(run) -> Callable:
     """Adds reference_log_probs: from a table that is cached on disk, or from a model that runs in every step."""
     if run.cfg.reference_live:
         return live(run, frozen_reference(run), "log_probs", "reference_log_probs")
-    tables = {split: reference_table(run, dataset) for split, dataset in run.datasets.items()}
+    tables = {split: reference_table(run, split, dataset) for split, dataset in run.datasets.items()}
 
     def add(split, batches, epoch):
         for batch in batches:
@@ -85,7 +85,7 @@ def teacher_source(run) -> Callable:
         return {"top": torch.cat([p.values for p in parts]), "index": torch.cat([p.indices for p in parts]).int()}
 
     what, weights = f"teacher's {cfg.teacher_top_k} highest logits", fingerprint(teacher, cfg)
-    tables = {split: precomputed(run, dataset, what, load, highest, weights) for split, dataset in run.datasets.items()}
+    tables = {split: precomputed(run, split, dataset, what, load, highest, weights) for split, dataset in run.datasets.items()}
 
     def add(split, batches, epoch):
         for batch in batches:
@@ -103,7 +103,7 @@ def mismatched_source(run) -> Callable:
     def add(split, batches, epoch):
         if split not in made or made[split][0] != epoch:
             rows = data.mismatched(run.datasets[split], run.cfg.seed, epoch)
-            made[split] = epoch, rows, reference_table(run, rows) if "reference_KL_logps" in run.streams else None
+            made[split] = epoch, rows, reference_table(run, split, rows) if "reference_KL_logps" in run.streams else None
         _, rows, table = made[split]
         mine = np.array(sorted(i for batch in batches for i in batch["members"]), np.int64)
         parts = {"policy_KL_logps": [], "reference_KL_logps": []}
@@ -165,24 +165,37 @@ def step_source(run) -> Callable:
 # Tables: computed once for every scored token of the rows, kept on disk
 
 
-def reference_table(run, dataset: data.Dataset) -> torch.Tensor:
-    """The reference's log-probs of every scored token, (dataset.offsets[-1],)."""
+def pieces(run, split: str) -> list[np.ndarray]:
+    """Indices of the rows that a run reads of a split, in pieces. If it ends before it has seen all training rows, these are the first
+    ones in the order of its steps."""
+    dataset, cfg = run.datasets[split], run.cfg
+    steps = data.steps(cfg, data.steps_per_epoch(dataset, cfg.batch_size))
+    count = -(-steps * cfg.batch_size // 64) * 64  # whole pieces, so that a run with more steps has the same ones first
+    if split == "train" and count < len(dataset):
+        return np.split(data.epoch_order(dataset, 0, cfg.seed)[:count], range(64, count, 64))
+    return data.in_order(dataset)
+
+
+def reference_table(run, split: str, dataset: data.Dataset) -> torch.Tensor:
+    """The reference's log-probs of the scored tokens that the run reads, (dataset.offsets[-1],)."""
     weights = fingerprint(reference_folder(run), run.cfg)
     of = lambda decoder, batch: decoder(batch, ["log_probs"])
-    return precomputed(run, dataset, "reference log-probs", lambda: frozen_reference(run), of, weights)["log_probs"]
+    return precomputed(run, split, dataset, "reference log-probs", lambda: frozen_reference(run), of, weights)["log_probs"]
 
 
-def precomputed(run, dataset: data.Dataset, what: str, load: Callable, of: Callable, weights: str) -> dict[str, torch.Tensor]:
-    """Tables of what of(decoder, batch) returns for each scored token, name -> (dataset.offsets[-1], ...): from the cache on disk,
-    or by one pass over the rows, split over the ranks. load() loads the frozen model, which is freed afterwards."""
-    machine = run.machine
-    path = Path(run.cfg.cache_dir).expanduser() / f"reference-{key(run, dataset, what, weights)}.safetensors"
+def precomputed(run, split: str, dataset: data.Dataset, what: str, load: Callable, of: Callable, weights: str
+                ) -> dict[str, torch.Tensor]:
+    """Tables of what of(decoder, batch) returns for each scored token that the run reads, name -> (dataset.offsets[-1], ...): from
+    the cache on disk, or by one pass over these rows, split over the ranks. load() loads the frozen model, which is freed
+    afterwards."""
+    machine, parts = run.machine, pieces(run, split)
+    path = Path(run.cfg.cache_dir).expanduser() / f"reference-{key(run, dataset, parts, what, weights)}.safetensors"
     tables = read(path, int(dataset.offsets[-1]))
     if not machine.any(tables is None):
-        run.say(f"{what} of {len(dataset):,} rows: read from the cache in {run.cfg.cache_dir}")
+        run.say(f"{what} of {sum(map(len, parts)):,} rows: read from the cache in {run.cfg.cache_dir}")
         return {name: table.to(machine.device) for name, table in tables.items()}
     decoder = load()
-    tables = sweep(lambda batch: of(decoder, batch), dataset, run.layout, machine, what)
+    tables = sweep(lambda batch: of(decoder, batch), dataset, run.layout, machine, what, parts)
     if machine.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
@@ -204,12 +217,15 @@ def fingerprint(name: str, cfg) -> str:
     return digest.hexdigest()
 
 
-def key(run, dataset: data.Dataset, what: str, weights: str) -> str:
-    """Cache key, a hash of all that a table depends on: weights, token ids, scored masks, device, dtype, torch and our code."""
+def key(run, dataset: data.Dataset, parts: list[np.ndarray], what: str, weights: str) -> str:
+    """Cache key, a hash of all that a table depends on: weights, token ids, scored masks, which rows are in it, device, dtype,
+    torch and our code."""
     machine = run.machine
     precision = f"{machine.device} {machine.dtype} {torch.__version__} compiled={machine.compiled} {run.layout.tokens}"
     source = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (data, losses, model))
     digest = hashlib.sha256(f"{weights} {precision} {what} {source}".encode())
+    for rows in parts:
+        digest.update(rows.astype(np.int64).tobytes())
     for e in dataset.examples:
         for part in (e.prompt, *e.responses, *e.scored):
             digest.update(len(part).to_bytes(4, "little") + part.tobytes())
@@ -225,11 +241,12 @@ def read(path: Path, size: int) -> dict | None:
     return tables if tables and all(len(table) == size for table in tables.values()) else None
 
 
-def sweep(of: Callable, dataset: data.Dataset, layout: data.Layout, machine, what: str = "") -> dict[str, torch.Tensor]:
+def sweep(of: Callable, dataset: data.Dataset, layout: data.Layout, machine, what: str = "", parts: Sequence = ()
+          ) -> dict[str, torch.Tensor]:
     """Tables of what of(batch) returns for each scored token, name -> (dataset.offsets[-1], ...), by one pass without gradient
-    over the rows, split over the ranks."""
+    over the rows (of these parts; default: all), split over the ranks."""
     tables = {}
-    for rows in report.bar(data.in_order(dataset), what, machine.rank == 0 and bool(what)):
+    for rows in report.bar(parts or data.in_order(dataset), what, machine.rank == 0 and bool(what)):
         for batch in data.micro_batches(dataset, rows, layout, machine.rank, machine.world)[0]:
             with torch.no_grad(), machine.autocast():
                 made = of(batch)

@@ -99,7 +99,7 @@ def train(cfg):
     parameters, policy = [*trained.values()], [p for name, p in trained.items() if not model.of_critic(name)]
     scaler = torch.amp.GradScaler(machine.device, enabled=machine.dtype == torch.float16)
     skipped = torch.zeros(2, device=machine.device)  # non-finite steps: in total, and the current streak
-    steps = cfg.max_steps or math.ceil(cfg.epochs * supply.per_epoch)
+    steps = data.steps(cfg, supply.per_epoch)
     state = checkpoint.State(decoder, optimizer, scaler, running, skipped, supply)
     checkpoint.hold(out, machine)
     checkpoint.check_free(out, cfg, machine)  # again, now locked: another run may have come and gone

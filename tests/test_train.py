@@ -250,6 +250,27 @@ def test_the_reference_is_the_start_and_not_the_policy(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_a_short_run_asks_the_reference_about_its_own_rows(name, tmp_path, monkeypatch, capsys):
+    """The steps' rows, in pieces of 64, and all eval rows; one more step in the same pieces reads the cache. Training is that of a live reference."""
+    monkeypatch.chdir(ROOT)
+    read = []
+    monkeypatch.setattr(reference, "sweep", lambda of, dataset, layout, machine, what, parts, sweep=reference.sweep: read.append(
+        sorted(i for rows in parts for i in rows.tolist())) or sweep(of, dataset, layout, machine, what, parts))
+    for out, more in (("cached", dict(max_steps=1)), ("more", dict(max_steps=2)), ("live", dict(max_steps=2, reference_live=True))):
+        train.train(config.load(options(tmp_path, name, out, eval_data=ROWS["preference"], batch_size=30, **more)))
+    cfg = config.load(options(tmp_path, name))
+    dataset = data.load(cfg.train_data, config.data_kind(cfg), data.Tokenizer(ROOT / "tasks/arithmetic"), cfg, False)
+    steps = {i for step in range(2) for i in data.step_rows(dataset, step, 30, 0).tolist()}
+    short = [rows for rows in read if len(rows) < len(dataset)]
+    assert short and all(len(rows) == 64 and steps < {*rows} for rows in short)
+    assert all(rows == [*range(len(dataset))] for rows in read if rows not in short) and len(short) < len(read)
+    assert "of 64 rows: read from the cache" in capsys.readouterr().out
+    for split in ("train", "eval"):
+        for a, b in zip(lines(tmp_path / "more", split), lines(tmp_path / "live", split), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-12) and a.get("kl") == pytest.approx(b.get("kl"), abs=1e-12)
+
+
 def test_margin_at_the_start_in_fp32_with_other_packing(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     train.train(config.load(options(tmp_path, "dpo", dtype="float32", max_steps=1)))
