@@ -208,7 +208,8 @@ def read_command_line(arguments: list[str]) -> tuple[str | None, dict]:
     while i < len(arguments):
         word = arguments[i]
         if not word.startswith("--") or word == "--":
-            raise ValueError(f"command line: {word!r} was not expected here; options are --key=value")
+            near = f"; did you mean --config={word}?" if word.endswith(".py") else ""
+            raise ValueError(f"command line: {word!r} was not expected here; options are --key=value{near}")
         key, equals, text = word[2:].partition("=")
         if not equals:
             following = arguments[i + 1] if i + 1 < len(arguments) else "--"

@@ -111,7 +111,7 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of an assistant's reasoning before its content
 CALLS = ("tool_calls", "function_call")  # keys of its function calls: a list, or a single one
-FLAGS = ("train", "loss", "weight")  # keys that exclude a turn from training if false or 0; it stays as context
+FLAGS = ("train", "loss", "weight", "loss_weight")  # keys that exclude a turn from training if false or 0; it stays as context
 
 
 def from_json(value, key: str):
@@ -618,6 +618,7 @@ class Example(NamedTuple):
     where: str  # file:line
     labels: list = []  # step rows only, one array per response: the label at the step token after a labelled step, nan elsewhere
     row: dict | None = None  # prompts only: all columns, for a reward or a check
+    truncated: bool = False
 
     @property
     def length(self) -> int:
@@ -775,7 +776,7 @@ def truncate(example: Example, bos: int | None, max_length: int, max_prompt_leng
         left = max_length - len(prompt)
         example = example._replace(prompt=prompt, responses=[ids[:left] for ids in example.responses],
                                    scored=[mask[:left] for mask in example.scored],
-                                   labels=[labels[:left] for labels in example.labels])
+                                   labels=[labels[:left] for labels in example.labels], truncated=True)
     nothing = example.labels and all(np.isnan(labels).all() for labels in example.labels)  # a step may be unlabelled, not all
     if nothing or not all(mask.any() for mask in example.scored):
         counts["dropped"] += 1
@@ -804,7 +805,7 @@ class Stored(Sequence):
 
     def append(self, e: Example):
         sizes = [len(ids) for ids in e.responses]
-        told = [len(e.prompt), sizes, bool(e.labels), e.demonstrated, e.chosen, e.rejected, e.margin, e.where, e.row]
+        told = [len(e.prompt), sizes, bool(e.labels), e.demonstrated, e.chosen, e.rejected, e.margin, e.where, e.row, e.truncated]
         head = json.dumps(told).encode()
         head += b" " * (-len(head) % 4)
         whole = b"".join([len(head).to_bytes(4, "little"), head, e.prompt, *e.responses, *e.labels, *e.scored])
@@ -821,7 +822,7 @@ class Stored(Sequence):
         self.file.flush()
         held = os.pread(self.file.fileno(), end - begin, begin)
         at = 4 + int.from_bytes(held[:4], "little")
-        prompt, sizes, labelled, *more, where, row = json.loads(held[4:at])
+        prompt, sizes, labelled, *more, where, row, truncated = json.loads(held[4:at])
 
         def take(n, dtype):
             nonlocal at
@@ -829,7 +830,7 @@ class Stored(Sequence):
             return np.frombuffer(held, dtype, n, at - n * np.dtype(dtype).itemsize)
         prompt, *responses = (take(n, np.int32) for n in (prompt, *sizes))
         labels = [take(n, np.float32) for n in sizes] if labelled else []
-        return Example(prompt, responses, [take(n, bool) for n in sizes], *more, where, labels, row)
+        return Example(prompt, responses, [take(n, bool) for n in sizes], *more, where, labels, row, truncated)
 
 
 class Dataset(NamedTuple):
@@ -899,7 +900,10 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
             if cfg.bad_rows == "skip":
                 counts["bad"] += 1
                 continue
-            said = f"not JSON: {error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
+            said = error
+            if isinstance(error, json.JSONDecodeError):
+                known = re.search(r"\.jsonl?(\.gz)?[:\[]\d+\]?$", where)
+                said = f"not JSON: {error.msg} at character {error.pos}" + "; expected .jsonl or .json" * (not known)
             if not isinstance(error, (ValueError, RecursionError)):
                 at = traceback.extract_tb(error.__traceback__)[-1]
                 at = f"{Path(at.filename).name}:{at.lineno}"
@@ -910,14 +914,14 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
         if len(drafts) == 1024:
             flush()
     flush()
-    counts["used"] = len(examples)
-    if show and kind in ("sft", "preference", "kto", "prompts"):
+    counts["used"], named = len(examples), paths if isinstance(paths, str) else ", ".join(paths)
+    if show and kind != "steps":
         noted -= {"margin"}.difference(*(OBJECTIVES[name].reads for name in cfg.weights))  # a loss has to read it, too
         lost = (columns - noted) & ({"tools"} if kind == "prompts" else columns)  # of prompts, others are for the reward
         if lost:
-            print(f"{paths}: columns that are not read: {', '.join(sorted(lost))}", file=sys.stderr)
+            print(f"{named}: columns that are not read: {', '.join(sorted(lost))}", file=sys.stderr)
     if not examples:
-        raise ValueError(f"{paths}: no usable row is left ({counted(counts)})")
+        raise ValueError(f"{named}: no usable row is left ({counted(counts)})")
     return as_dataset(examples, counts, sizes)
 
 

@@ -3,7 +3,8 @@
   python data.py FILE --config=configs/dpo.py [--rows=3] [--key=value ...]
 
 A few rows with the tokens that are trained in green (in [brackets] where there
-are no colours), what was cut or dropped, how long rows are, and how they pack.
+are no colours), how many were cut or dropped and one that was cut, how long
+rows are, and how they pack.
 Nothing is trained, and no stage is run.
 """
 import argparse
@@ -16,6 +17,7 @@ import numpy as np
 
 import config
 import data
+import losses
 import model
 from machine import ending
 
@@ -83,7 +85,8 @@ def row(e: data.Example, tokenizer: data.Tokenizer) -> str:
     names = {**dict.fromkeys(e.chosen, "chosen" if e.rejected else "desirable"),
              **{i: "rejected" if e.chosen else "undesirable" for i in e.rejected}}
     nothing = np.zeros(len(e.prompt), bool)
-    lines = [e.where, flow("prompt", marked(e.prompt, nothing, None, tokenizer), f"({len(e.prompt)} tokens)")]
+    where = e.where + " (truncated: the prompt at its left, the responses at their right)" * e.truncated
+    lines = [where, flow("prompt", marked(e.prompt, nothing, None, tokenizer), f"({len(e.prompt)} tokens)")]
     for i, (ids, scored) in enumerate(zip(e.responses, e.scored)):
         runs = marked(ids, scored, e.labels[i] if e.labels else None, tokenizer)
         count = int((scored & ~np.isnan(e.labels[i])).sum() if e.labels else scored.sum())
@@ -126,14 +129,21 @@ def main(arguments: list[str]):
             raise ValueError("no FILE, and no --config with train_data; expected python data.py FILE --objective=...")
         kind, tokenizer = config.data_kind(cfg), tokenizer_of(cfg)
         dataset = data.load(files or cfg.train_data, kind, tokenizer, cfg)
-    examples = dataset.examples
+    examples, counts = dataset.examples, dataset.counts
+    rewarded = losses.streams(config.terms(cfg, False)) & model.HEADS.keys() == {"reward"}
     print(f"{kind} rows for {'+'.join(cfg.weights)}, tokens of {tokenizer.folder}:")
-    print(data.counted(dataset.counts) + "\n")
-    for e in examples[:options.rows]:
-        print(row(e, tokenizer) + "\n")
+    print(data.counted(counts) + "\n")
+    shown = examples[:options.rows]
+    if counts["truncated"] and not any(e.truncated for e in shown):
+        shown.append(next(e for e in examples if e.truncated))
+    for e in shown:
+        last = [np.arange(len(ids)) == len(ids) - 1 for ids in e.responses]  # where a reward is read
+        print(row(e._replace(scored=last) if rewarded else e, tokenizer) + "\n")
     longest = np.array([len(e.prompt) + max(map(len, e.responses), default=0) for e in examples])
-    counts = data.count(examples)
-    trained = counts["steps"] or counts["tokens"]
+    total = data.count(examples)
+    trained = total["responses" if rewarded else "steps" if total["steps"] else "tokens"]
+    if total["steps"]:
+        print("+, - and ? behind a step: its label (good, bad, none)\n")
     described = model.read_json(tokenizer.folder / "tokenizer.json")["model"]
     unknown = described.get("unk_id", tokenizer.fast.token_to_id(described.get("unk_token") or ""))
     none = unknown in (None, tokenizer.bos, tokenizer.eos)  # GPT-2 names its EOS, and knows every byte

@@ -166,8 +166,8 @@ def step_source(run) -> Callable:
 
 
 def pieces(run, split: str) -> list[np.ndarray]:
-    """Indices of the rows that a run reads of a split, in pieces. If it ends before it has seen all training rows, these are the first
-    ones in the order of its steps."""
+    """Indices of the rows that a run reads of a split, in pieces. If it ends before it has seen all training rows, these are the
+    first ones in the order of its steps."""
     dataset, cfg = run.datasets[split], run.cfg
     steps = data.steps(cfg, data.steps_per_epoch(dataset, cfg.batch_size))
     count = -(-steps * cfg.batch_size // 64) * 64  # whole pieces, so that a run with more steps has the same ones first

@@ -83,7 +83,8 @@ def summary(out: Path, what: str, first: dict, last: dict, shown: tuple, before:
     lines = [f"{out}: {what if names else 'done'}"]
     lines += [f"  {name:20} {first[name]:.4g} -> {last[name]:.4g}" for name in names]
     for i, (prompt, new) in enumerate(after):
-        lines += ["", *wrapped("  prompt  ", prompt[-150:])] + (wrapped("  before  ", before[i][1]) if before else [])
+        asked = prompt if len(prompt) <= 150 else "... " + prompt[-146:]
+        lines += ["", *wrapped("  prompt  ", asked)] + (wrapped("  before  ", before[i][1]) if before else [])
         lines += wrapped("  after   " if before else "  answer  ", new)
     picture = f"python plot.py {shlex.quote(str(out))}"
     return "\n".join([*lines, "", f"  model   {out / 'model'}", f"  try     {use}", f"  picture {picture}"])

@@ -71,13 +71,14 @@ def by_function(function: Callable, workers: int = 0, timeout: float = 60.0, wha
     function's role and a remedy, for the message about an answer without a number."""
     batched = next(iter(inspect.signature(function).parameters), "") == "prompts"
     name = getattr(function, "__name__", str(function))
+    said = what if name == what else f"{what} {name}"
     if batched and workers:
         raise ValueError(f"{what} {name} takes lists of answers, but reward_workers pass one answer at a time; leave them out")
     calls = in_batch(function) if batched else Workers(function, workers, timeout) if workers else one_by_one(function)
 
     def give(examples, texts):
         results = calls([(e.row["prompt"], text, e.row) for e, mine in zip(examples, texts) for text in mine])
-        return [[number(next(results), f"{e.where}: {what} {name}", text, mend) for text in mine]
+        return [[number(next(results), f"{e.where}: {said}", text, mend) for text in mine]
                 for e, mine in zip(examples, texts)]
     return give
 

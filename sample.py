@@ -291,9 +291,9 @@ def main(arguments: list[str]):
         usual = {"truncation": "error", "compile": "auto" if options.data else False}  # for one answer it would not pay
         said = COMMANDS[options.what](options, config.load(rest, ("sample.py", usual))) or []
         beside_each_other = options.what == "compare" and not options.out and sys.stdout.isatty()
-        text = "".join((beside(line) if beside_each_other else json.dumps(line)) + "\n" for line in said)
+        text = "".join((beside(line) if beside_each_other else json.dumps(line, ensure_ascii=False)) + "\n" for line in said)
         if options.out and options.what != "merge":
-            Path(options.out).write_text(text)
+            Path(options.out).write_text(text, encoding="utf-8")
         else:
             print(text, end="")
 

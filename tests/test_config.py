@@ -104,7 +104,7 @@ def test_values_of_the_command_line(arguments, key, value):
     (["--objective=kd", "--jsd_beta=1.5"], "jsd_beta = 1.5; expected between 0 and 1"), (["--max_length=1"], "max_length = 1; expected at least 2"),
     (["--lr=-1"], "lr = -1.*; expected at least 0"), (["--lr=1e999", "--lr=-1e999"], "lr = -inf; expected at least 0"),
     (["--out_dir"], "out_dir"), (["--out_dir", "--resume"], "out_dir"),
-    (["lr=1"], "'lr=1' was not expected here"), (["--"], "'--' was not expected here"),
+    (["lr=1"], "'lr=1' was not expected here"), (["configs/dpo.py"], "options are --key=value; did you mean --config=configs/dpo.py?"), (["--"], "'--' was not expected here"),
     (["--resume", "True", "x"], "'x' was not expected here")])
 def test_what_is_refused(arguments, message):
     refused(message.replace("?", r"\?"), *arguments)

@@ -270,6 +270,15 @@ def test_what_is_not_read_is_said(tmp_path, capsys):
     for objective, lost in (("rm", False), ("dpo", True), ("{'dpo': 1.0, 'rm_hinge': 1.0}", False)):
         data.load(file, "preference", tokenizer, config.load([f"--objective={objective}"]))
         assert ("columns that are not read: margin" in capsys.readouterr().err) == lost
+    read([str(write(tmp_path / "steps.jsonl", [{"prompt": "1", "completions": ["2"], "labels": [True], "task": "sum"}]))], "prm")
+    assert capsys.readouterr().err.endswith("steps.jsonl: columns that are not read: task\n")
+
+
+@pytest.mark.parametrize("name, hint", [("rows.csv", "; expected .jsonl or .json; bad_rows"), ("rows.jsonl", "; bad_rows")])
+def test_files_that_are_no_json_are_named(name, hint, tmp_path):
+    (tmp_path / name).write_text("prompt,completion\n1,2\n")
+    with pytest.raises(ValueError, match=f"{name}:1: not JSON: Expecting value at character 0{hint}"):
+        data.load(str(tmp_path / name), "sft", data.Tokenizer(ARITHMETIC), config.load([]))
 
 
 def test_nulls_are_columns_that_are_not_there(tmp_path):
@@ -1052,7 +1061,7 @@ def test_whole_pairs_may_have_other_columns():
     assert data.preference_row(row, "last", False).prompt == "Q: How far is it? A:"
 
 
-@pytest.mark.parametrize("flag", [{"loss": False}, {"weight": 0}, {"train": False}])
+@pytest.mark.parametrize("flag", [{"loss": False}, {"weight": 0}, {"train": False}, {"loss_weight": 0.0}])
 def test_turns_that_say_so_are_not_trained(flag, tmp_path):
     tokenizer = with_template(tmp_path, ARITHMETIC, "{% for m in messages %}{{ '+' if m.role == 'user' else '=' }}{{ m.content }}{% endfor %}{{ '=' if add_generation_prompt }}")
     example, _ = one(tmp_path, {"messages": [U("1"), A("2"), U("3"), A("4")]}, tokenizer)

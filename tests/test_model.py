@@ -89,7 +89,8 @@ def test_sharded_folder_loads(tmp_path):
 
 @pytest.mark.parametrize("break_it, message", [
     (lambda c, s: c.update(model_type="mamba"), "known: llama"),
-    (lambda c, s: s.pop("model.norm.weight"), "1 tensors of a llama model are missing: model.norm.weight"),
+    (lambda c, s: s.pop("model.norm.weight"), "1 tensors of a llama model are missing: model.norm.weight$"),
+    (lambda c, s: s.update({"score.weight": s.pop("lm_head.weight")}), "are missing: lm_head.weight; it has a score head: is it a reward model?"),
     (lambda c, s: s.update(extra=torch.zeros(1)), "are not known: extra"),
     (lambda c, s: c.update(vocab_size=98), r"is \[97, 32\], config.json says \[98, 32\]"),
     (lambda c, s: c.update(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "'yarn' is not implemented"),

@@ -68,7 +68,7 @@ def test_a_check_that_fails_loses_nothing(ranks, tmp_path):
                                        f"    return 1 / (prompt != {row['prompt']!r} or not Path({str(tmp_path / 'run/checkpoint-1')!r}).exists())\n")
     given = options(tmp_path, "dpo", config=tmp_path / "check.py", eval_prompts=ROWS["prompts"], max_new_tokens=2, max_steps=2, save_every=1, samples=0)
     failed = run(given, ranks, check=False)
-    assert failed.returncode != 0 and f"error: {ROWS['prompts']}:4: check check: ZeroDivisionError: division by zero ({tmp_path / 'check.py'}:4); for the completion" in failed.stderr
+    assert failed.returncode != 0 and f"error: {ROWS['prompts']}:4: check: ZeroDivisionError: division by zero ({tmp_path / 'check.py'}:4); for the completion" in failed.stderr
     assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     (tmp_path / "check.py").write_text(CHECK)  # mended: the eval that is missing is made
     done = run([*given, "--resume"], ranks)
@@ -135,6 +135,21 @@ def test_the_preview_marks_what_is_trained(tmp_path, monkeypatch, capsys):
     assert "trained" not in prompts and "500 used" in prompts
     (tmp_path / "words.jsonl").write_text(json.dumps({"prompt": "3+5=", "completion": "ate"}) + "\n")
     assert "\n3 tokens are <unk>: " in shown(capsys, tmp_path / "words.jsonl", "--config=configs/sft.py", cache) and "<unk>" not in prompts
+
+
+def test_the_preview_of_a_reward_model_and_of_rows_that_were_cut(tmp_path, monkeypatch, capsys):
+    """A reward is read at a response's last token; of the rows that do not fit one is shown, which says so."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    rows = [dict(prompt="1+2=", chosen="3", rejected="4"), dict(prompt="1+" * 20 + "2=", chosen="22", rejected="9")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [tmp_path / "rows.jsonl", "--init_from=scratch", "--tokenizer=tasks/arithmetic", "--rows=1", "--max_length=24", f"--cache_dir={tmp_path}"]
+    preview.main([*map(str, given), "--objective=rm"])
+    said = capsys.readouterr().out
+    assert said.count(" 1 trained)") == 4 and "trained: 4 of " in said
+    assert "rows.jsonl:1\n" in said and "rows.jsonl:2 (truncated: the prompt at its left, the responses at their right)" in said
+    preview.main([*map(str, given), "--objective=rm", "--nll_coef=1"])  # then the chosen response's tokens are trained, too
+    assert " 2 trained)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -518,7 +518,7 @@ def test_a_failing_reward_loses_nothing(how, ranks, tmp_path, recorded, monkeypa
     failed = run(failing, ranks, check=False, CALLS=str(tmp_path / "prompt"), HOW=how)
     line = 1 + next(i for i, text in enumerate((tmp_path / "failing.py").read_text().splitlines()) if "1 / 0" in text)
     said = {"raises": f"ZeroDivisionError: division by zero ({tmp_path / 'failing.py'}:{line})", "nan": "returned nan, expected a number"}[how]
-    assert failed.returncode != 0 and f"error: {ROWS['prompts']}:{broken + 1}: reward reward: {said}; for the completion" in failed.stderr
+    assert failed.returncode != 0 and f"error: {ROWS['prompts']}:{broken + 1}: reward: {said}; for the completion" in failed.stderr
     assert "Traceback" not in failed.stderr or ranks > 1
     assert [p.name for p in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-3"]
     run([*failing, "--resume"], ranks, CALLS=str(tmp_path / "nothing"), HOW=how)
@@ -636,7 +636,7 @@ def test_an_eval_whose_reward_fails_loses_nothing(tmp_path, recorded):
     (tmp_path / "train.jsonl").write_text("".join(line for line in open(ROWS["prompts"]) if '"42"' not in line))
     given = [f"--config={tmp_path / 'odd.py'}" if word.startswith("--config") else word for word in
              options(tmp_path, "ppo", max_steps=2, train_data=tmp_path / "train.jsonl", eval_data=ROWS["prompts"])]
-    with pytest.raises(ValueError, match=r"problems_eval.jsonl:1: reward reward: returned nan.*bad_rewards = 'skip'"):
+    with pytest.raises(ValueError, match=r"problems_eval.jsonl:1: reward: returned nan.*bad_rewards = 'skip'"):
         train.train(config.load(given))
     assert (tmp_path / "run" / "checkpoint-0").is_dir()
     train.train(config.load([*given, "--bad_rewards=skip", "--resume"]))

@@ -350,7 +350,7 @@ def test_a_check_of_many_answers_is_asked_at_once(language_run, tmp_path, monkey
     sample.main(given)
     assert json.loads(capsys.readouterr().out)["right"] == [False, False]
     (tmp_path / "c.py").write_text("def check(prompt, completion, row):\n    return row['answer']\n")
-    with pytest.raises(SystemExit, match=rf"error: --prompt: check check: KeyError: 'answer' \({tmp_path / 'c.py'}:2\)"):
+    with pytest.raises(SystemExit, match=rf"error: --prompt: check: KeyError: 'answer' \({tmp_path / 'c.py'}:2\)"):
         sample.main(given)
 
 
