@@ -634,10 +634,9 @@ def with_responses(e: Example, responses: list) -> Example:
 LARGE = 16384  # tokens: trees larger than this are cut, where cutting is allowed
 
 
-def cut(e: Example, tokens: int, longest: int = 0) -> list[Example]:
-    """Cut a tree into pieces of at most so many tokens, each with the prompt and at least one response. longest: tokens to allow
-    for each response; 0: those of the longest one here."""
-    hold = max(1, (tokens - len(e.prompt)) // (longest or max(map(len, e.responses))))
+def cut(e: Example, tokens: int) -> list[Example]:
+    """Cut a tree into pieces of at most so many tokens, each with the prompt and at least one response."""
+    hold = max(1, (tokens - len(e.prompt)) // max(map(len, e.responses)))
     return [e._replace(responses=e.responses[i:i + hold], scored=e.scored[i:i + hold], labels=e.labels[i:i + hold],
                        demonstrated=e.demonstrated[i:i + hold]) for i in range(0, len(e.responses), hold)]
 

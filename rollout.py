@@ -411,14 +411,16 @@ class Rollouts:
         return [Group(example, every[rank][i], [*map(number, said[rank][i])]) for example, (rank, i) in zip(chosen, at)]
 
     def assemble(self, groups: list[Group]) -> Rollout:
-        """Groups as examples that fit into a stream: a prompt whose answers do not all fit is in several of them."""
-        examples, pieces = [], []
-        for g in groups:
-            whole = data.with_responses(self.prompts.examples[g.example], [np.array(a.ids, np.int32) for a in g.answers])
-            parts = data.cut(whole, self.layout.tokens, self.cfg.max_new_tokens)
-            pieces.append(np.arange(len(examples), len(examples) + len(parts)))
-            examples += parts
-        return Rollout(groups, data.as_dataset(examples, Counter()), pieces, {}, {})
+        """Groups as examples that fit into a stream and, of several ranks, into each one's share of a step: a prompt whose answers
+        do not all fit is in several of them."""
+        trees = [data.with_responses(self.prompts.examples[g.example], [np.array(answer.ids, np.int32) for answer in g.answers])
+                 for g in groups]
+        most, world = self.layout.tokens, self.machine.world
+        most = most if world == 1 else min(most, sum(tree.length for tree in trees) // (world * self.minibatches))
+        parts = [data.cut(tree, most) for tree in trees]
+        ends = np.cumsum([*map(len, parts)])
+        pieces = [np.arange(end - len(mine), end) for mine, end in zip(parts, ends)]
+        return Rollout(groups, data.as_dataset([e for mine in parts for e in mine], Counter()), pieces, {}, {})
 
     def with_columns(self, made: Rollout, clock: Counter, begin: float) -> Rollout:
         """Add columns: the policy's old log-probs (if updated more than once, or for kl_coef) and old values, the reference's

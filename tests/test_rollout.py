@@ -436,11 +436,31 @@ def critic_folder(tmp_path):
     return tmp_path / "critic" / "model"
 
 
-@pytest.mark.parametrize("critic", ["shared", "separate"])
-def test_ranks_and_micro_batches_do_not_matter_to_ppo(critic, tmp_path, recorded):
-    """Three steps in float64, two on one rollout: the same samples and, to 1e-9, the same weights, critic included."""
+def test_groups_are_cut_into_the_ranks_shares(tmp_path, monkeypatch):
+    """Where there are fewer prompts than ranks, their answers are shared out; one rank cuts none that a stream holds."""
+    monkeypatch.chdir(ROOT)
+    suppliers, make = [], rollout.Rollouts.make
+    monkeypatch.setattr(rollout.Rollouts, "make", lambda self: suppliers.append(self) or make(self))
+    start(tmp_path, batch_size=2, samples_per_prompt=6, max_steps=1)
+    supply = suppliers[0]
+    groups = supply.now.groups
+    for world, most in ((1, 1), (2, 2), (6, 6)):
+        supply.machine = supply.machine._replace(world=world)
+        made = supply.assemble(groups)
+        assert 1 <= max(map(len, made.pieces)) <= most and len(made.dataset) >= min(world, 4)
+        assert np.concatenate(made.pieces).tolist() == [*range(len(made.dataset))]
+        for group, piece in zip(groups, made.pieces):
+            parts = [made.dataset.examples[i] for i in piece]
+            assert [ids.tolist() for part in parts for ids in part.responses] == [answer.ids for answer in group.answers]
+            assert all(part.prompt.tolist() == parts[0].prompt.tolist() for part in parts)
+
+
+@pytest.mark.parametrize("critic, prompts", [("shared", 13), ("separate", 13), ("shared", 1)])
+def test_ranks_and_micro_batches_do_not_matter_to_ppo(critic, prompts, tmp_path, recorded):
+    """Three steps in float64, two on one rollout: the same samples and, to 1e-9, the same weights, critic included. (The answers to one
+    prompt are shared between both ranks.)"""
     more = dict(objective={"ppo": 1.0, "value": 0.5, "entropy_bonus": 0.01}, advantages="gae", rollout_epochs=2, max_steps=3, save_every=3,
-                kl_coef=0.1, critic_lr=2e-2, critic_warmup=1, missing_eos_penalty=0.5, temperature=0.9, grad_clip=0.5)
+                kl_coef=0.1, critic_lr=2e-2, critic_warmup=1, missing_eos_penalty=0.5, temperature=0.9, grad_clip=0.5, batch_size=prompts)
     more |= dict(critic=critic_folder(tmp_path)) if critic == "separate" else {}
     start(tmp_path, "ppo", "large", **more)
     start(tmp_path, "ppo", "small", micro_batch_tokens=32, **more)
@@ -452,7 +472,8 @@ def test_ranks_and_micro_batches_do_not_matter_to_ppo(critic, tmp_path, recorded
     saved = [load_file(tmp_path / out / "checkpoint-3" / "rollout.safetensors") for out in ("large", "ranks")]
     assert torch.equal(saved[0]["ids"], saved[1]["ids"]) and torch.equal(saved[0]["example"], saved[1]["example"])
     for ours, theirs in zip(lines(tmp_path / "ranks"), lines(tmp_path / "large"), strict=True):
-        for key in theirs.keys() - {"split", "seconds", "tokens_per_second", "peak_memory_gb", *TIMES}:
+        repeated = {"tokens"} if prompts == 1 else set()  # the prompt, once on each rank
+        for key in theirs.keys() - {"split", "seconds", "tokens_per_second", "peak_memory_gb", *TIMES} - repeated:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-9, abs=1e-9), key
     model_of = load_file(tmp_path / "large" / "model" / "model.safetensors")
     assert not any(name.startswith(("values", "critic")) for name in model_of)  # transformers loads a policy
