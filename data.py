@@ -1011,18 +1011,18 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def spread(lengths: list[int], capacity: int, ranks: int) -> list[list[int]]:
-    """`pack` for several ranks: into a multiple of as many bins, the next longest always into the emptiest, so that each rank's
-    share takes about as long."""
-    bins = pack(lengths, capacity)
-    for count in itertools.count(-(-len(bins) // ranks) * ranks, ranks) if ranks > 1 else ():
+    """Bins of indices for several ranks, a multiple of as many: the next longest always goes into the emptiest, so that each rank's
+    share takes about as long. One rank: `pack`."""
+    if ranks == 1:
+        return pack(lengths, capacity)
+    for count in itertools.count(-(-sum(lengths) // (capacity * ranks)) * ranks, ranks):
         bins, emptiest = [[] for _ in range(count)], [(0, b) for b in range(count)]
         for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
             load, b = emptiest[0]
             bins[b].append(i)
             heapq.heapreplace(emptiest, (load + lengths[i], b))
         if max(emptiest, default=(0,))[0] <= capacity:
-            break
-    return bins
+            return bins
 
 
 def count(examples: Sequence[Example]) -> dict[str, int]:
