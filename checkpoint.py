@@ -143,7 +143,7 @@ def found(out: Path) -> list[Path]:
 
 def newest(out: Path, machine) -> tuple[Path | None, dict]:
     """The newest checkpoint, if any, and run_json, as rank 0 sees them; an error if another rank cannot see the checkpoint."""
-    folder, kept = machine.share((next(reversed(found(out)), None), run_json(out)))[0]
+    folder, kept = machine.share(((found(out) or [None])[-1], run_json(out)))[0]
     if machine.any(bool(folder) and not folder.is_dir()):
         raise ValueError(f"{folder}: not every rank can see it; put out_dir on a file system that all machines share")
     return folder, kept

@@ -1010,19 +1010,14 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def spread(lengths: list[int], capacity: int, ranks: int) -> list[list[int]]:
-    """Bins of indices for several ranks, a multiple of as many: the next longest always goes into the emptiest, so that each rank's
-    share takes about as long. One rank: `pack`."""
-    if ranks == 1:
-        return pack(lengths, capacity)
-    for count in itertools.count(-(-sum(lengths) // (capacity * ranks)) * ranks, ranks):
-        bins, emptiest = [[] for _ in range(count)], [(0, b) for b in range(count)]
-        for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-            load, b = emptiest[0]
-            bins[b].append(i)
-            heapq.heapreplace(emptiest, (load + lengths[i], b))
-        if max(emptiest, default=(0,))[0] <= capacity:
-            return bins
+def shared(lengths: list[int], ranks: int) -> list[list[int]]:
+    """Each rank's share of the indices: the next longest goes to the rank that has the fewest tokens."""
+    shares, fewest = [[] for _ in range(ranks)], [(0, rank) for rank in range(ranks)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        tokens, rank = fewest[0]
+        shares[rank].append(i)
+        heapq.heapreplace(fewest, (tokens + lengths[i], rank))
+    return shares
 
 
 def count(examples: Sequence[Example]) -> dict[str, int]:
@@ -1051,15 +1046,15 @@ def varlen(device: str, dtype: torch.dtype) -> bool:
 
 
 def micro_batches(dataset: Dataset, rows: np.ndarray, layout: Layout, rank: int = 0, world: int = 1):
-    """The examples of a step, packed; this rank's share of the streams, and the counts over all of them.
+    """This rank's share of a step's examples, packed, and the counts over all ranks.
 
-    All ranks get as many streams. Where there are fewer examples than that, a stream has nothing to score, so that its rank
-    takes part in every collective.
+    A rank without a share gets a stream with nothing to score, so that it takes part in every collective.
     """
     examples = [dataset.examples[i] for i in rows]
-    streams = spread([e.length for e in examples], layout.tokens, world)
-    shares = streams[rank::world] or [[]]
-    return [build([(int(rows[i]), examples[i]) for i in share], dataset, layout) for share in shares], count(examples)
+    mine = shared([e.length for e in examples], world)[rank]
+    streams = pack([examples[i].length for i in mine], layout.tokens) or [[]]
+    members = [(int(rows[i]), examples[i]) for i in mine]
+    return [build([members[i] for i in stream], dataset, layout) for stream in streams], count(examples)
 
 
 def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) -> dict:

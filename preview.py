@@ -17,7 +17,6 @@ import numpy as np
 
 import config
 import data
-import losses
 import model
 from machine import ending
 
@@ -85,13 +84,20 @@ def row(e: data.Example, tokenizer: data.Tokenizer) -> str:
     names = {**dict.fromkeys(e.chosen, "chosen" if e.rejected else "desirable"),
              **{i: "rejected" if e.chosen else "undesirable" for i in e.rejected}}
     nothing = np.zeros(len(e.prompt), bool)
-    where = e.where + " (truncated: the prompt at its left, the responses at their right)" * e.truncated
+    where = e.where + " (truncated)" * e.truncated
     lines = [where, flow("prompt", marked(e.prompt, nothing, None, tokenizer), f"({len(e.prompt)} tokens)")]
     for i, (ids, scored) in enumerate(zip(e.responses, e.scored)):
         runs = marked(ids, scored, e.labels[i] if e.labels else None, tokenizer)
         count = int((scored & ~np.isnan(e.labels[i])).sum() if e.labels else scored.sum())
         lines.append(flow(names.get(i, "response"), runs, f"({len(ids)} tokens, {count} trained)"))
     return "\n".join(lines)
+
+
+def with_rewards(e: data.Example, imitated: bool) -> data.Example:
+    """What is trained where the losses read a reward, at a response's last token, and, if `imitated`, demonstrations."""
+    last = [np.arange(len(ids)) == len(ids) - 1 for ids in e.responses]
+    masks = zip(last, e.scored, e.demonstrated)
+    return e._replace(scored=[at | scored if imitated and shown else at for at, scored, shown in masks])
 
 
 def histogram(lengths: np.ndarray, most: int) -> str:
@@ -130,18 +136,20 @@ def main(arguments: list[str]):
         kind, tokenizer = config.data_kind(cfg), tokenizer_of(cfg)
         dataset = data.load(files or cfg.train_data, kind, tokenizer, cfg)
     examples, counts = dataset.examples, dataset.counts
-    rewarded = losses.streams(config.terms(cfg, False)) & model.HEADS.keys() == {"reward"}
+    reads = {name for term in config.terms(cfg, False) for name in term.reads}
+    rewarded = any("reward" in name for name in reads) and not any("logps" in name for name in reads)
+    imitated = "demonstration_mask" in reads
+    marks = lambda e: with_rewards(e, imitated) if rewarded else e
     print(f"{kind} rows for {'+'.join(cfg.weights)}, tokens of {tokenizer.folder}:")
     print(data.counted(counts) + "\n")
     shown = examples[:options.rows]
     if counts["truncated"] and not any(e.truncated for e in shown):
-        shown.append(next(e for e in examples if e.truncated))
+        shown += itertools.islice((e for e in examples if e.truncated), 1)
     for e in shown:
-        last = [np.arange(len(ids)) == len(ids) - 1 for ids in e.responses]  # where a reward is read
-        print(row(e._replace(scored=last) if rewarded else e, tokenizer) + "\n")
+        print(row(marks(e), tokenizer) + "\n")
     longest = np.array([len(e.prompt) + max(map(len, e.responses), default=0) for e in examples])
     total = data.count(examples)
-    trained = total["responses" if rewarded else "steps" if total["steps"] else "tokens"]
+    trained = total["steps"] or sum(np.count_nonzero(mask) for e in examples for mask in marks(e).scored)
     if total["steps"]:
         print("+, - and ? behind a step: its label (good, bad, none)\n")
     described = model.read_json(tokenizer.folder / "tokenizer.json")["model"]

@@ -7,6 +7,7 @@ run through the training path: at step 0, policy and reference agree up to round
 """
 import gc
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -170,7 +171,7 @@ def pieces(run, split: str) -> list[np.ndarray]:
     first ones in the order of its steps."""
     dataset, cfg = run.datasets[split], run.cfg
     steps = data.steps(cfg, data.steps_per_epoch(dataset, cfg.batch_size))
-    count = -(-steps * cfg.batch_size // 64) * 64  # whole pieces, so that a run with more steps has the same ones first
+    count = -(-steps * cfg.batch_size // 64) * 64  # whole pieces: with more steps, these are the same
     if split == "train" and count < len(dataset):
         return np.split(data.epoch_order(dataset, 0, cfg.seed)[:count], range(64, count, 64))
     return data.in_order(dataset)
@@ -188,17 +189,19 @@ def precomputed(run, split: str, dataset: data.Dataset, what: str, load: Callabl
     """Tables of what of(decoder, batch) returns for each scored token that the run reads, name -> (dataset.offsets[-1], ...): from
     the cache on disk, or by one pass over these rows, split over the ranks. load() loads the frozen model, which is freed
     afterwards."""
-    machine, parts = run.machine, pieces(run, split)
-    path = Path(run.cfg.cache_dir).expanduser() / f"reference-{key(run, dataset, parts, what, weights)}.safetensors"
-    tables = read(path, int(dataset.offsets[-1]))
+    machine, parts, folder = run.machine, pieces(run, split), Path(run.cfg.cache_dir).expanduser()
+    for asked in (data.in_order(dataset), parts):  # a table of all rows serves a short run, too
+        path = folder / f"reference-{key(run, dataset, asked, what, weights)}.safetensors"
+        if (tables := read(path, int(dataset.offsets[-1]))) is not None:
+            break
     if not machine.any(tables is None):
-        run.say(f"{what} of {sum(map(len, parts)):,} rows: read from the cache in {run.cfg.cache_dir}")
+        run.say(f"{what} of {sum(map(len, asked)):,} rows: read from the cache in {run.cfg.cache_dir}")
         return {name: table.to(machine.device) for name, table in tables.items()}
     decoder = load()
     tables = sweep(lambda batch: of(decoder, batch), dataset, run.layout, machine, what, parts)
-    if machine.rank == 0:
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one of each machine: the folder may be its own
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
+        part = path.with_suffix(f".{machine.rank}.{os.getpid()}.part")
         save_file({name: table.cpu() for name, table in tables.items()}, part)
         os.replace(part, path)
     del decoder
@@ -218,15 +221,16 @@ def fingerprint(name: str, cfg) -> str:
 
 
 def key(run, dataset: data.Dataset, parts: list[np.ndarray], what: str, weights: str) -> str:
-    """Cache key, a hash of all that a table depends on: weights, token ids, scored masks, which rows are in it, device, dtype,
-    torch and our code."""
+    """Cache key, a hash of all that a table depends on, but for the number of ranks, which rounds it otherwise: weights, token ids
+    and scored masks of the rows in it, their places, device, dtype, torch and our code."""
     machine = run.machine
     precision = f"{machine.device} {machine.dtype} {torch.__version__} compiled={machine.compiled} {run.layout.tokens}"
     source = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (data, losses, model))
     digest = hashlib.sha256(f"{weights} {precision} {what} {source}".encode())
-    for rows in parts:
-        digest.update(rows.astype(np.int64).tobytes())
-    for e in dataset.examples:
+    digest.update(dataset.offsets.tobytes())
+    for row in itertools.chain(*parts):
+        e = dataset.examples[row]
+        digest.update(int(row).to_bytes(8, "little"))
         for part in (e.prompt, *e.responses, *e.scored):
             digest.update(len(part).to_bytes(4, "little") + part.tobytes())
     return digest.hexdigest()[:32]

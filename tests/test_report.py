@@ -147,9 +147,14 @@ def test_the_preview_of_a_reward_model_and_of_rows_that_were_cut(tmp_path, monke
     preview.main([*map(str, given), "--objective=rm"])
     said = capsys.readouterr().out
     assert said.count(" 1 trained)") == 4 and "trained: 4 of " in said
-    assert "rows.jsonl:1\n" in said and "rows.jsonl:2 (truncated: the prompt at its left, the responses at their right)" in said
+    assert "rows.jsonl:1\n" in said and "rows.jsonl:2 (truncated)" in said
     preview.main([*map(str, given), "--objective=rm", "--nll_coef=1"])  # then the chosen response's tokens are trained, too
-    assert " 2 trained)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.count("(2 tokens, 2 trained)") == 1 and said.count("(2 tokens, 1 trained)") == 2 and "trained: 7 of " in said
+    steps = [dict(prompt="1=", completions=["1"], labels=[1]), dict(prompt="2=", completions=["1" * 60, "2"], labels=[1, 1])]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    preview.main([*map(str, given), "--objective=prm"])  # cut, and dropped
+    assert "2 read, 1 used, 1 truncated, 1 dropped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, message", [
