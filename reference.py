@@ -190,12 +190,12 @@ def precomputed(run, split: str, dataset: data.Dataset, what: str, load: Callabl
     the cache on disk, or by one pass over these rows, split over the ranks. load() loads the frozen model, which is freed
     afterwards."""
     machine, parts, folder = run.machine, pieces(run, split), Path(run.cfg.cache_dir).expanduser()
-    for asked in (data.in_order(dataset), parts):  # a table of all rows serves a short run, too
-        path = folder / f"reference-{key(run, dataset, asked, what, weights)}.safetensors"
-        if (tables := read(path, int(dataset.offsets[-1]))) is not None:
-            break
+    rows = sum(map(len, parts))
+    wanted = [parts, data.in_order(dataset)] if rows < len(dataset) else [parts]  # a table of all rows serves a short run, too
+    path, *others = [folder / f"reference-{key(run, dataset, some, what, weights)}.safetensors" for some in wanted]
+    tables = next((found for at in (path, *others) if (found := read(at, int(dataset.offsets[-1])))), None)
     if not machine.any(tables is None):
-        run.say(f"{what} of {sum(map(len, asked)):,} rows: read from the cache in {run.cfg.cache_dir}")
+        run.say(f"{what} of {rows:,} rows: read from the cache in {run.cfg.cache_dir}")
         return {name: table.to(machine.device) for name, table in tables.items()}
     decoder = load()
     tables = sweep(lambda batch: of(decoder, batch), dataset, run.layout, machine, what, parts)

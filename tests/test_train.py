@@ -267,12 +267,29 @@ def test_a_short_run_asks_the_reference_about_its_own_rows(name, cached, live, t
     steps = {i for step in range(2) for i in data.step_rows(dataset, step, 30, 0).tolist()}
     assert {len(rows) for rows in read} == {40, 64} and all(steps < {*rows} for rows in read if len(rows) == 64)
     assert "of 64 rows: read from the cache" in capsys.readouterr().out
+    read.clear()
     for out, more in (("whole", {**ONE_EPOCH}), ("after", dict(max_steps=1))) if name == "dpo" else ():
         train.train(config.load(options(tmp_path, name, out, seed=1, **given, **more)))
-        assert ("of 500 rows: read from the cache" in capsys.readouterr().out) == (out == "after")
+        assert len(read) == 2 and {len(rows) for rows in read} == {40, 500}  # by the first
     for split in ("train", "eval"):
         for a, b in zip(lines(tmp_path / "more", split), lines(tmp_path / "live", split), strict=True):
             assert a["loss"] == pytest.approx(b["loss"], abs=1e-12) and a.get("kl") == pytest.approx(b.get("kl"), abs=1e-12)
+
+
+def test_machines_may_have_a_cache_each(tmp_path):
+    """One rank of each machine keeps the table; where one has a whole table and the other none, it is made again and nothing is spoiled."""
+    (tmp_path / "own.py").write_text(f"import os\nos.environ['LOCAL_RANK'] = '0'\ncache_dir = {str(tmp_path / 'cache')!r} + os.environ['RANK']\n")
+    def told(out, **more):
+        given = [o for o in options(tmp_path, "dpo", out, config=tmp_path / "own.py", batch_size=50, **more) if not o.startswith("--cache_dir")]
+        return "rows: read from the cache" in run(given, ranks=2).stdout
+    whole = {**ONE_EPOCH}
+    assert not told("first", **whole) and told("second", **whole) and told("short", max_steps=1)
+    tables = sorted((tmp_path / "cache1").iterdir())
+    assert [path.name for path in tables] == [path.name for path in sorted((tmp_path / "cache0").iterdir())] and len(tables) == 1
+    tables[0].unlink()
+    assert not told("again", max_steps=1)
+    kept = load_file(tmp_path / "cache0" / tables[0].name)["log_probs"]
+    assert (kept != 0).all() and len([*(tmp_path / "cache0").iterdir()]) == 2
 
 
 def test_margin_at_the_start_in_fp32_with_other_packing(tmp_path, monkeypatch):
