@@ -82,7 +82,8 @@ def teacher_source(run) -> Callable:
     def highest(decoder, batch):
         logits = decoder(batch, ["logits"])["logits"].ready()
         chunk = losses.head_chunk(len(logits.weight), run.machine.device)
-        parts = [logits.rows(slice(start, start + chunk)).topk(cfg.teacher_top_k) for start in range(0, len(logits.hidden), chunk)]
+        starts = range(0, max(len(logits.hidden), 1), chunk)  # a rank without rows scores nothing
+        parts = [logits.rows(slice(start, start + chunk)).topk(cfg.teacher_top_k) for start in starts]
         return {"top": torch.cat([p.values for p in parts]), "index": torch.cat([p.indices for p in parts]).int()}
 
     what, weights = f"teacher's {cfg.teacher_top_k} highest logits", fingerprint(teacher, cfg)
