@@ -23,7 +23,7 @@ import tempfile
 import traceback
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -1020,7 +1020,7 @@ def shared(lengths: list[int], ranks: int) -> list[list[int]]:
     return shares
 
 
-def count(examples: Sequence[Example]) -> dict[str, int]:
+def count(examples: Iterable[Example]) -> dict[str, int]:
     """Counts over a whole step; each loss's sum is divided by one of them."""
     total = Counter()
     for e in examples:
@@ -1051,10 +1051,9 @@ def micro_batches(dataset: Dataset, rows: np.ndarray, layout: Layout, rank: int 
     A rank without a share gets a stream with nothing to score, so that it takes part in every collective.
     """
     examples = [dataset.examples[i] for i in rows]
-    mine = shared([e.length for e in examples], world)[rank]
-    streams = pack([examples[i].length for i in mine], layout.tokens) or [[]]
-    members = [(int(rows[i]), examples[i]) for i in mine]
-    return [build([members[i] for i in stream], dataset, layout) for stream in streams], count(examples)
+    mine = [(int(rows[i]), examples[i]) for i in shared([e.length for e in examples], world)[rank]]
+    streams = pack([e.length for _, e in mine], layout.tokens) or [[]]
+    return [build([mine[i] for i in stream], dataset, layout) for stream in streams], count(examples)
 
 
 def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) -> dict:

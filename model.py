@@ -634,8 +634,9 @@ def load(folder: Path, heads: dict[str, int] = LANGUAGE, seed: int = 0) -> tuple
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     expected = decoder.state_dict()
     state.update({name: torch.zeros(expected[name].shape) for name in expected if name.split(".")[0] in new})
-    judge = "; it has a score head: is it a reward model?" * bool(labels and "lm_head.weight" in expected.keys() - state.keys())
-    for problem, names in (("are missing", expected.keys() - state.keys()), ("are not known", state.keys() - expected.keys())):
+    missing = expected.keys() - state.keys()
+    judge = "; it has a score head: is it a reward model?" * bool(labels and "lm_head.weight" in missing)
+    for problem, names in (("are missing", missing), ("are not known", state.keys() - expected.keys())):
         if names:
             raise ValueError(f"{folder}: {len(names)} tensors of a {config['model_type']} model {problem}: "
                              f"{', '.join(sorted(names)[:4])}{' ...' if len(names) > 4 else ''}{judge}")

@@ -148,8 +148,8 @@ def main(arguments: list[str]):
     for e in shown:
         print(row(marks(e), tokenizer) + "\n")
     longest = np.array([len(e.prompt) + max(map(len, e.responses), default=0) for e in examples])
-    total = data.count(examples)
-    trained = total["steps"] or sum(np.count_nonzero(mask) for e in examples for mask in marks(e).scored)
+    total = data.count(map(marks, examples))
+    trained = total["steps"] or total["tokens"]
     if total["steps"]:
         print("+, - and ? behind a step: its label (good, bad, none)\n")
     described = model.read_json(tokenizer.folder / "tokenizer.json")["model"]

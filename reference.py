@@ -191,10 +191,11 @@ def precomputed(run, split: str, dataset: data.Dataset, what: str, load: Callabl
     the cache on disk, or by one pass over these rows, split over the ranks. load() loads the frozen model, which is freed
     afterwards."""
     machine, parts, folder = run.machine, pieces(run, split), Path(run.cfg.cache_dir).expanduser()
-    rows = sum(map(len, parts))
-    wanted = [parts, data.in_order(dataset)] if rows < len(dataset) else [parts]  # a table of all rows serves a short run, too
-    path, *others = [folder / f"reference-{key(run, dataset, some, what, weights)}.safetensors" for some in wanted]
-    tables = next((found for at in (path, *others) if (found := read(at, int(dataset.offsets[-1])))), None)
+    rows, size = sum(map(len, parts)), int(dataset.offsets[-1])
+    place = lambda asked: folder / f"reference-{key(run, dataset, asked, what, weights)}.safetensors"
+    tables = read(path := place(parts), size)
+    if tables is None and rows < len(dataset):  # a table of all rows serves a short run, too
+        tables = read(place(data.in_order(dataset)), size)
     if not machine.any(tables is None):
         run.say(f"{what} of {rows:,} rows: read from the cache in {run.cfg.cache_dir}")
         return {name: table.to(machine.device) for name, table in tables.items()}

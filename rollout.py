@@ -309,10 +309,14 @@ def written(tokenizer: data.Tokenizer, answer: Answer) -> str:
     return tokenizer.decode(answer.ids[:-1] if answer.ids[-1] in tokenizer.stops else answer.ids)
 
 
+def trees_of(prompts: list[data.Example], answers: list[list[Answer]]) -> list[data.Example]:
+    """Prompts with their answers as responses."""
+    return [data.with_responses(e, [np.array(answer.ids, np.int32) for answer in some]) for e, some in zip(prompts, answers)]
+
+
 def answered(tokenizer: data.Tokenizer, prompts: list[data.Example], answers: list[list[Answer]]) -> tuple[list, list]:
     """Prompts with their answers as responses, and the answers' texts: what a reward is asked about."""
-    trees = [data.with_responses(e, [np.array(answer.ids, np.int32) for answer in some]) for e, some in zip(prompts, answers)]
-    return trees, [[written(tokenizer, answer) for answer in some] for some in answers]
+    return trees_of(prompts, answers), [[written(tokenizer, answer) for answer in some] for some in answers]
 
 
 class Rollouts:
@@ -413,8 +417,7 @@ class Rollouts:
     def assemble(self, groups: list[Group]) -> Rollout:
         """Groups as examples that fit into a stream and, of several ranks, into each one's share of a step: a prompt whose answers
         do not all fit is in several of them."""
-        trees = [data.with_responses(self.prompts.examples[g.example], [np.array(answer.ids, np.int32) for answer in g.answers])
-                 for g in groups]
+        trees = trees_of([self.prompts.examples[g.example] for g in groups], [g.answers for g in groups])
         most, world = self.layout.tokens, self.machine.world
         most = most if world == 1 else min(most, sum(tree.length for tree in trees) // (world * self.minibatches))
         parts = [data.cut(tree, most) for tree in trees]

@@ -268,7 +268,7 @@ def test_a_short_run_asks_the_reference_about_its_own_rows(name, cached, live, t
     assert {len(rows) for rows in read} == {40, 64} and all(steps < {*rows} for rows in read if len(rows) == 64)
     assert "of 64 rows: read from the cache" in capsys.readouterr().out
     read.clear()
-    for out, more in (("whole", {**ONE_EPOCH}), ("after", dict(max_steps=1))) if name == "dpo" else ():
+    for out, more in (("whole", ONE_EPOCH), ("after", dict(max_steps=1))) if name == "dpo" else ():
         train.train(config.load(options(tmp_path, name, out, seed=1, **given, **more)))
         assert len(read) == 2 and {len(rows) for rows in read} == {40, 500}  # by the first
     for split in ("train", "eval"):
@@ -282,8 +282,7 @@ def test_machines_may_have_a_cache_each(tmp_path):
     def told(out, **more):
         given = [o for o in options(tmp_path, "dpo", out, config=tmp_path / "own.py", batch_size=50, **more) if not o.startswith("--cache_dir")]
         return "rows: read from the cache" in run(given, ranks=2).stdout
-    whole = {**ONE_EPOCH}
-    assert not told("first", **whole) and told("second", **whole) and told("short", max_steps=1)
+    assert not told("first", **ONE_EPOCH) and told("second", **ONE_EPOCH) and told("short", max_steps=1)
     tables = sorted((tmp_path / "cache1").iterdir())
     assert [path.name for path in tables] == [path.name for path in sorted((tmp_path / "cache0").iterdir())] and len(tables) == 1
     tables[0].unlink()
