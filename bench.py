@@ -40,6 +40,7 @@ import reference
 import rollout
 import train
 from machine import Machine
+from parts import formats
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The clock
@@ -630,7 +631,7 @@ def bench_trl(o):
     path, batch = model.find_folder(o.model), 8
     tokenizer, pairs = data.Tokenizer(path), []
     for _, row in data.read_rows(o.data):
-        draft = data.preference_row(json.loads(row), "last", False)
+        draft = formats.preference_row(json.loads(row), "last", False)
         texts = (draft.prompt, *draft.responses)
         text = all(isinstance(t, str) and t for t in texts)
         if text and max(len(tokenizer.fast.encode(texts[0] + response).ids) for response in texts[1:]) < 510:

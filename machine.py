@@ -145,7 +145,8 @@ def leave(error: BaseException):
 def on_purpose(error: Exception) -> bool:
     """Was it raised by a `raise` of this project? Then its message is for the user; any other is a bug, and wants a traceback."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).parent == Path(__file__).parent and last.line.startswith("raise")
+    root = Path(__file__).parent
+    return Path(last.filename).parent in (root, root / "parts") and last.line.startswith("raise")
 
 
 @contextlib.contextmanager

@@ -95,7 +95,7 @@ def repo(tmp_path):
     """A copy to change."""
     for file in ROOT.glob("*.py"):
         (tmp_path / file.name).write_text(file.read_text())
-    for folder in ("configs", "tasks"):
+    for folder in ("configs", "parts", "tasks"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     return tmp_path
 
@@ -145,9 +145,9 @@ def test_the_advantage_in_the_readme_is_one(repo):
 def test_demonstrations_among_pairs(repo):
     """As README adds them: they are imitated, and are no pairs."""
     line = re.search(r'`(if "completion" in row: .+?)`', README)[1]
-    source = (repo / "data.py").read_text()
+    source = (repo / "parts/formats.py").read_text()
     begin = source.index("    missing = ", source.index("def preference_row"))
-    (repo / "data.py").write_text(f"{source[:begin]}    {line}\n{source[begin:]}")
+    (repo / "parts/formats.py").write_text(f"{source[:begin]}    {line}\n{source[begin:]}")
     (repo / "mixed.jsonl").write_text("".join(Path(ROOT / "tasks/arithmetic" / name).read_text() for name in ("sft_eval.jsonl", "pairs_eval.jsonl")))
     python(repo, "train.py", "--objective={'dpo': 1.0, 'sft': 1.0}", "--train_data=mixed.jsonl", "--out_dir=out/mixed", f"--cache_dir={repo}/cache", *TINY_RUN, "--batch_size=1000")
     first = lines(repo / "out/mixed")[0]
@@ -155,9 +155,9 @@ def test_demonstrations_among_pairs(repo):
 
 
 def test_the_format_in_the_readme_is_read(repo):
-    source = (repo / "data.py").read_text()
+    source = (repo / "parts/formats.py").read_text()
     begin = source.index("    missing = ", source.index("def preference_row"))
-    (repo / "data.py").write_text(source[:begin] + box("# data.py, at the top of preference_row, below its docstring") + source[begin:])
+    (repo / "parts/formats.py").write_text(source[:begin] + box("# parts/formats.py, at the top of preference_row, below its docstring") + source[begin:])
     rows = [{"question": "1+2=", "answers": [{"text": "4", "score": -1}, {"text": "3", "score": 7}, {"text": "5", "score": 0}]}, {"question": "2+2=", "answers": [{}]}]
     (repo / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = ["rows.jsonl", "--objective=dpo", "--tokenizer=tasks/arithmetic", f"--cache_dir={repo}/cache"]

@@ -15,6 +15,7 @@ import torch
 import config
 import data
 from conftest import ROOT, as_dataset, layout, random_trees
+from parts import formats, tokens
 
 ARITHMETIC = ROOT / "tasks" / "arithmetic"  # a token per character of 0-9 + = and newline; BOS is not added by itself
 S, U, A = (lambda text, role=role: {"role": role, "content": text} for role in ("system", "user", "assistant"))
@@ -223,7 +224,7 @@ def test_formats_as_ids(kind, row, prompt, responses, mode, smollm2, tmp_path):
             "that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")])
 def test_alpaca_without_a_template(given, prompt, stories, tmp_path):
     row, tokenizer = {"instruction": "Add.", "input": given, "output": "3"}, data.Tokenizer(stories)
-    assert data.sft_row(row, "all", False) == data.Draft(prompt, ["3"], [True])
+    assert formats.sft_row(row, "all", False) == data.Draft(prompt, ["3"], [True])
     example, _ = one(tmp_path, row, tokenizer)
     assert text_of(tokenizer, [*example.prompt, *example.responses[0]]) == "<s> " + prompt + "3</s>"
 
@@ -238,7 +239,7 @@ def test_questions_without_a_template(kind, row, prompt):
 @pytest.mark.parametrize("post, chosen, rejected", [("hi", "yo", "no"), ("hi", [A("yo")], [A("no")]), ([U("hi")], "yo", "no")])
 def test_a_pair_does_not_lose_a_prompt_of_an_unknown_name(post, chosen, rejected):
     with pytest.raises(ValueError, match="no column is known as the prompt; found keys .*'post'.*; rename that column to 'prompt'"):
-        data.preference_row({"post": post, "chosen": chosen, "rejected": rejected}, "last", True)
+        formats.preference_row({"post": post, "chosen": chosen, "rejected": rejected}, "last", True)
 
 
 @pytest.mark.parametrize("row", [
@@ -247,18 +248,18 @@ def test_a_pair_does_not_lose_a_prompt_of_an_unknown_name(post, chosen, rejected
     {"prompt": "hi", "chosen": "\n\nHuman: hi\n\nAssistant: yo", "rejected": "no"}])
 def test_a_prompt_is_not_there_twice(row):
     with pytest.raises(ValueError, match="begin differently"):
-        data.preference_row(row, "last", True)
+        formats.preference_row(row, "last", True)
 
 
 @pytest.mark.parametrize("history", [["hi", "yo"], [["hi", None]], [{"role": "user", "content": "hi"}], [["hi"]], "hi"])
 def test_a_history_is_questions_with_answers(history):
     with pytest.raises(ValueError, match="'history' should be a list of"):
-        data.sft_row({"instruction": "and", "output": "so", "history": history}, "all", True)
+        formats.sft_row({"instruction": "and", "output": "so", "history": history}, "all", True)
 
 
 def test_a_pair_may_go_on_behind_its_prompt():
     row = {"prompt": [U("hi"), A("yo")], "chosen": [U("and"), A("so")], "rejected": [U("and"), A("no")]}
-    assert data.preference_row(row, "last", True)[:2] == ([U("hi"), A("yo")], [row["chosen"], row["rejected"]])
+    assert formats.preference_row(row, "last", True)[:2] == ([U("hi"), A("yo")], [row["chosen"], row["rejected"]])
 
 
 def test_what_is_not_read_is_said(tmp_path, capsys):
@@ -290,7 +291,7 @@ def test_nulls_are_columns_that_are_not_there(tmp_path):
 @pytest.mark.parametrize("a, b", [
     ("The sky is blue", "The sky is blue today"), ("x y", "x z"), ("x", "x"), ("", "x"), ("a\nb", "a\nc")])
 def test_an_implicit_prompt_does_not_depend_on_which_side_is_chosen(a, b):
-    assert data.shared_prompt(a, b) == data.shared_prompt(b, a)
+    assert formats.shared_prompt(a, b) == formats.shared_prompt(b, a)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz"])
@@ -363,7 +364,7 @@ def test_real_chats_are_what_transformers_renders(file, mode, real, smollm2, tmp
     assert len(dataset) == len(rows) > 100 and dataset.counts["apart"] == 0
     newline = tokenizer.fast.encode("\n").ids
     for row, example in zip(rows, dataset.examples, strict=True):
-        messages = data.messages_field(row, key)
+        messages = formats.messages_field(row, key)
         turns = [m["content"] for m in messages if m["role"] == "assistant"]
         last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
         expected = theirs.apply_chat_template(messages[:last + 1], return_dict=False)
@@ -372,7 +373,7 @@ def test_real_chats_are_what_transformers_renders(file, mode, real, smollm2, tmp
 
 
 @pytest.mark.parametrize("source", [
-    data.CHATML,
+    tokens.CHATML,
     LLAMA2,
     "{{ bos_token }}{% for m in messages %}\n    {% if loop.first %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}\n",
     "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{{ m | tojson(indent=2) }}{% endfor %}",
@@ -492,7 +493,7 @@ def with_marks(folder, **changes):
 
 def test_what_ends_a_turn_ends_an_answer(tmp_path):
     """The mark that the template puts behind an assistant's turn, which is trained, or EOS where there is no such mark."""
-    plain, marked = data.Tokenizer(ARITHMETIC, "chatml"), with_marks(tmp_path / "marks", chat_template=data.CHATML)
+    plain, marked = data.Tokenizer(ARITHMETIC, "chatml"), with_marks(tmp_path / "marks", chat_template=tokens.CHATML)
     mark = marked.fast.token_to_id("<|im_end|>")
     assert plain.stops == {plain.eos} and marked.stops == {marked.eos, mark} and mark != marked.eos
     for tokenizer, end in ((plain, plain.eos), (marked, mark)):
@@ -512,9 +513,9 @@ def test_where_a_template_comes_from(tmp_path):
     assert changed_tokenizer(tmp_path / "several", chat_template=named).chat_template == "y"
     (tmp_path / "one" / "chat_template.jinja").write_text("z")
     assert data.Tokenizer(tmp_path / "one").chat_template == "z"
-    assert data.Tokenizer(with_marks(tmp_path / "marks").folder, "chatml").chat_template == data.CHATML
-    eos_for_mark = data.CHATML.replace("'<|im_end|>'", "eos_token")
-    assert data.Tokenizer(tmp_path / "one", "chatml").chat_template == eos_for_mark != data.CHATML
+    assert data.Tokenizer(with_marks(tmp_path / "marks").folder, "chatml").chat_template == tokens.CHATML
+    eos_for_mark = tokens.CHATML.replace("'<|im_end|>'", "eos_token")
+    assert data.Tokenizer(tmp_path / "one", "chatml").chat_template == eos_for_mark != tokens.CHATML
     assert data.Tokenizer(tmp_path / "one", str(tmp_path / "one" / "chat_template.jinja")).chat_template == "z"
     with pytest.raises(ValueError, match="'chatm' is neither 'chatml' nor a file"):
         data.Tokenizer(tmp_path / "one", "chatm")
@@ -1053,7 +1054,7 @@ def test_rows_that_would_lose_a_part_are_refused(kind, row, message):
 
 def test_whole_pairs_may_have_other_columns():
     row = {"id": "0f3c-11", "source": "web", "score": 1.5, "chosen": "Q: How far is it? A: Ten miles.", "rejected": "Q: How far is it? A: Two miles."}
-    assert data.preference_row(row, "last", False).prompt == "Q: How far is it? A:"
+    assert formats.preference_row(row, "last", False).prompt == "Q: How far is it? A:"
 
 
 @pytest.mark.parametrize("flag", [{"loss": False}, {"weight": 0}, {"train": False}, {"loss_weight": 0.0}])
@@ -1096,7 +1097,7 @@ def test_a_greeting_that_the_template_cannot_ask_for_is_context(system, tmp_path
     ({"messages": [U("hi"), A("yo")], "label": False}, [U("hi")], [[A("yo")]], [], [0]),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a", ["b", "c"], [0], [1])])
 def test_rows_with_a_label(row, prompt, responses, chosen, rejected):
-    assert data.kto_row(row, "last", True) == data.Draft(prompt, responses, [True] if chosen == [0] and not rejected else [False] if not chosen else [True, False],
+    assert formats.kto_row(row, "last", True) == data.Draft(prompt, responses, [True] if chosen == [0] and not rejected else [False] if not chosen else [True, False],
                                                          chosen, rejected, [])
 
 
@@ -1157,11 +1158,11 @@ def test_mismatched_trees_are_no_larger_than_the_rows():
 
 
 def steps_of(row):
-    draft = data.prm_row(row, "all", False)
+    draft = formats.prm_row(row, "all", False)
     return draft.prompt, [[(step.text, None if step.label != step.label else step.label) for step in response] for response in draft.responses]
 
 
-KI = data.STEP_TAGS[0]
+KI = formats.STEP_TAGS[0]
 
 
 @pytest.mark.parametrize("row, prompt, steps", [
@@ -1187,7 +1188,7 @@ def test_step_formats(row, prompt, steps):
     ({"prompt": "p", "completions": ["a"], "labels": [-1]}, "found -1"), ({"prompt": "p", "completions": [], "labels": []}, "steps should be a list of one or more texts"),
     ({"prompt": "p", "completions": ["a"]}, "1 steps and None labels"), ({"input": "no tag", "label": "no tag"}, "'input' has none of the step tags"),
     ({"input": f"a {KI}", "label": "a + b -"}, "there is text after the last .*: 'b -'"), ({"input": f"a {KI} tail", "label": "a + tail"}, "there is text after the last .*: 'tail'"),
-    ({"question": {"problem": "q"}, "label": {"finish_reason": "x"}}, r"KeyError: 'steps' \(data.py:\d+\); a field may be missing"), ({"input": "q", "steps": None, "mistake_index": 1}, "TypeError"),
+    ({"question": {"problem": "q"}, "label": {"finish_reason": "x"}}, r"KeyError: 'steps' \(formats.py:\d+\); a field may be missing"), ({"input": "q", "steps": None, "mistake_index": 1}, "TypeError"),
     ({"input": f"a {KI}", "label": "b +"}, "they differ at 'a '"), ({"input": f"a {KI}", "label": "a ?"}, "found '\\?'"), ({"x": 1}, r"found keys \['x'\]")])
 def test_what_is_wrong_with_steps_is_said(row, message, tmp_path):
     with pytest.raises(ValueError, match=f"rows.jsonl:2: .*{message}"):

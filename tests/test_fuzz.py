@@ -17,6 +17,7 @@ import data
 import model
 import train
 from conftest import ROOT, tiny
+from parts import tokens
 from test_train import options
 
 USER, AI = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is 4."}
@@ -266,7 +267,7 @@ def test_no_pickle_and_no_shell():
     """What could run a stranger's code is not there: no pickle in a file, no shell, no remote code. (Ranks of one run pickle what they tell
     each other.)"""
     modules, calls, switches = {"pickle", "marshal", "shelve", "dill"}, {"eval", "exec", "system", "popen"}, {"shell", "allow_pickle", "trust_remote_code"}
-    for file in ROOT.glob("*.py"):
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("parts/*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 assert not modules & {alias.name.split(".")[0] for alias in node.names} | modules & {getattr(node, "module", "")}, file
@@ -319,7 +320,7 @@ ESCAPES = ["{{ ().__class__.__base__.__subclasses__() }}", "{{ messages.__class_
 def test_templates_reach_nothing(source, tokenizer):
     """An error, or nothing of Python's insides in the text."""
     try:
-        made = data.compile_template(source).render(messages=[USER], add_generation_prompt=True, eos_token="</s>")
+        made = tokens.compile_template(source).render(messages=[USER], add_generation_prompt=True, eos_token="</s>")
     except Exception as error:
         assert type(error).__name__ in ("SecurityError", "UndefinedError", "TypeError", "TemplateNotFound", "OverflowError", "TemplateRuntimeError"), repr(error)
     else:

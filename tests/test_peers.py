@@ -16,6 +16,7 @@ import torch
 import data
 import losses
 from conftest import ROOT, TINY
+from parts import formats
 
 pytestmark = pytest.mark.peers
 
@@ -87,7 +88,7 @@ def test_chat_templates_of_models_render_as_in_transformers(trl, add_generation_
             continue  # it takes no such conversation
         tokenizer = data.Tokenizer(ROOT / "tasks/arithmetic", str(file))
         if "tool_calls" in tokenizer.chat_template or not any("tool_calls" in m for m in talk):
-            talk = data.messages_field({"messages": talk}, "messages")
+            talk = formats.messages_field({"messages": talk}, "messages")
             assert tokenizer.render(talk, add_generation_prompt, tools) == expected, (file.name, talk)
             equal += 1
     assert equal > 3 * len(files) > 100

@@ -17,6 +17,7 @@ import reward
 import sample
 import train
 from conftest import ROOT, TINY
+from parts import tokens
 from machine import Machine
 from test_train import ROWS, SMALL, lines, options, run
 
@@ -338,7 +339,7 @@ def test_the_systems_message_is_read(language_run, tmp_path):
     policy = sample.language_model(str(language_run), config.load(["--device=cpu"]))
     options = types.SimpleNamespace(prompt="1+2", system="3", data="")
     assert sample.asked(options, policy, None)[0].row == {"prompt": "3\n\n1+2"}
-    policy.tokenizer.chat_template = data.CHATML
+    policy.tokenizer.chat_template = tokens.CHATML
     assert sample.asked(options, policy, None)[0].row == {"prompt": [{"role": "system", "content": "3"}, {"role": "user", "content": "1+2"}]}
 
 
