@@ -53,6 +53,8 @@ class Config:
     tokenize: str = "joint"  # joint: encode prompt + response as one text; apart: encode each by itself
     train_on: str = ""  # assistant turns that are trained: all, last; default: all for sft, last for pairs and kto
     chat_template: str = ""  # a jinja file, or "chatml"; default: the tokenizer's own
+    chat_template_kwargs: dict = None  # variables of the template, such as {"enable_thinking": False}; a row's own win over them
+    as_chat: bool = False  # with a chat template, a prompt of text becomes a user's message, and its response the assistant's
     step_token: str = "\n"  # a single token, appended to each step of a process reward row; the step's score is read there
     reward_tokens: tuple = ()  # (bad, good): tokens whose logits judge a step; default: a head of two labels
     bad_rows: str = "error"  # a malformed row: error (stop), skip (and count)

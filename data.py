@@ -14,6 +14,7 @@ import re
 import sys
 import tempfile
 import traceback
+import types
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,20 +25,23 @@ import torch
 
 from losses import OBJECTIVES
 from model import Noting
-from parts.formats import FORMATS, TRAIN_ON, Draft, Step, as_messages, objects, with_system  # noqa: F401: used from here, too
+from parts.formats import (  # noqa: F401: used from here, too
+    FORMATS, TRAIN_ON, Draft, Step, as_conversation, as_messages, is_transcript, objects, with_system)
 from parts.rows import files_of, read_rows  # noqa: F401
 from parts.tokens import (  # noqa: F401
-    LARGE, Example, Tokenizer, check_characters, cut, render, tokenize, truncate, with_responses)
+    LARGE, Example, Tokenizer, check_characters, cut, render, renderings, tokenize, truncate, with_responses)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
 
 
-COUNTS = ("read", "used", "truncated", "dropped", "bad", "apart")  # apart: joint ids did not begin with the prompt's
+COUNTS = ("read", "used", "truncated", "dropped", "identical", "bad", "apart", "split")  # of rows. identical: their pairs have equal
+# responses, or are tied; apart: joint ids did not begin with the prompt's; split: examples beyond the first of a conversation's turns
 
 
 def counted(counts: Counter) -> str:
-    return ", ".join(f"{counts[name]:,} {name}" for name in COUNTS)
+    usual = ("read", "used", "truncated", "dropped", "bad", "apart")
+    return ", ".join(f"{counts[name]:,} {name}" for name in COUNTS if name in usual or counts[name])
 
 
 class Stored(Sequence):
@@ -54,7 +58,8 @@ class Stored(Sequence):
 
     def append(self, e: Example):
         sizes = [len(ids) for ids in e.responses]
-        told = [len(e.prompt), sizes, bool(e.labels), e.demonstrated, e.chosen, e.rejected, e.margin, e.where, e.row, e.truncated]
+        told = [len(e.prompt), sizes, bool(e.labels), e.demonstrated, e.chosen, e.rejected, e.margin, e.where, e.row, e.truncated,
+                e.turn]
         head = json.dumps(told).encode()
         head += b" " * (-len(head) % 4)
         whole = b"".join([len(head).to_bytes(4, "little"), head, e.prompt, *e.responses, *e.labels, *e.scored])
@@ -71,7 +76,7 @@ class Stored(Sequence):
         self.file.flush()
         held = os.pread(self.file.fileno(), end - begin, begin)
         at = 4 + int.from_bytes(held[:4], "little")
-        prompt, sizes, labelled, *more, where, row, truncated = json.loads(held[4:at])
+        prompt, sizes, labelled, *more, where, row, truncated, turn = json.loads(held[4:at])
 
         def take(n, dtype):
             nonlocal at
@@ -79,7 +84,7 @@ class Stored(Sequence):
             return np.frombuffer(held, dtype, n, at - n * np.dtype(dtype).itemsize)
         prompt, *responses = (take(n, np.int32) for n in (prompt, *sizes))
         labels = [take(n, np.float32) for n in sizes] if labelled else []
-        return Example(prompt, responses, [take(n, bool) for n in sizes], *more, where, labels, row, truncated)
+        return Example(prompt, responses, [take(n, bool) for n in sizes], *more, where, labels, row, truncated, turn)
 
 
 class Dataset(NamedTuple):
@@ -107,13 +112,37 @@ def as_dataset(examples: Sequence, counts: Counter, sizes: Sequence = ()) -> Dat
     return Dataset(examples, lengths, before(scored), before(pairs), kinds, counts)
 
 
-def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: bool = True) -> Dataset:
-    """Read, tokenize and truncate every row; a malformed one stops the run unless bad_rows = "skip"."""
+def distinct(e: Example) -> Example | None:
+    """The example without the pairs whose responses are equal: their gradient is exactly 0, or rounding noise that Adam turns into
+    whole steps. None if no pair is left, because of that or because the row's responses are all tied."""
+    same = lambda a, b: np.array_equal(e.responses[a], e.responses[b]) and np.array_equal(e.scored[a], e.scored[b])
+    kept = [i for i, pair in enumerate(zip(e.chosen, e.rejected)) if not same(*pair)]
+    if not kept:
+        return None
+    return e._replace(chosen=[e.chosen[i] for i in kept], rejected=[e.rejected[i] for i in kept],
+                      margin=[e.margin[i] for i in kept] if e.margin else [])
+
+
+SYSTEM = {"system", "system_prompt"}  # a column that makes all rows conversations, where there is a chat template
+
+
+class Notes:
+    """What is noted about rows while they are read."""
+
+    def __init__(self):
+        self.columns, self.read = set(), set()  # columns that the rows have, and those that were read
+        self.system = False  # whether one of them is the system's
+        self.texts = self.transcripts = 0  # prompts that are text although there is a chat template; of them, HH transcripts
+        self.without_pair = ""  # file:line of the first row whose responses are equal or tied
+
+
+def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: bool = True, train: bool = True) -> Dataset:
+    """Read, tokenize and truncate every row; a malformed one stops the run unless bad_rows = "skip". train: drop rows that nothing
+    can be learned from, because their responses are equal or tied."""
     if kind not in FORMATS:
         raise ValueError(f"rows of kind {kind!r} are not known; known: {', '.join(FORMATS)}")
-    train_on, chat, counts = cfg.train_on or TRAIN_ON[kind], bool(tokenizer.chat_template), Counter()
     examples, sizes, drafts, rows, longest_prompt = Stored(cfg.cache_dir), array.array("q"), [], {}, cfg.max_prompt_length
-    columns, noted = set(), set()  # columns that the rows have, and columns that were read
+    counts, notes = Counter(), Notes()
     if kind == "prompts":  # the answer wants room
         longest_prompt = min(longest_prompt or cfg.max_length, cfg.max_length - cfg.max_new_tokens)
         if longest_prompt < 1:
@@ -123,6 +152,11 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
     def flush():
         for example in tokenize(drafts, tokenizer, cfg.tokenize, counts, cfg.step_token):
             example = truncate(example, tokenizer.bos, cfg.max_length, longest_prompt, cfg.truncation, counts)
+            if train and example is not None and (kind == "preference" or example.chosen and example.rejected):
+                where, example = example.where, distinct(example)
+                if example is None:
+                    counts["identical"] += 1
+                    notes.without_pair = notes.without_pair or where
             if example is not None:
                 examples.append(example._replace(row=rows.get(example.where)) if rows else example)
                 sizes.extend(sizes_of(example))
@@ -132,46 +166,91 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
     for where, row in read_rows(paths, show):
         counts["read"] += 1
         try:
-            row = json.loads(row) if isinstance(row, bytes) else row
-            if not isinstance(row, dict):
-                raise ValueError(f"expected an object, found {type(row).__name__}")
-            nulls = kind in ("prm", "steps") or None not in row.values()  # elsewhere, a null is a missing column
-            noting = Noting(row if nulls else {k: v for k, v in row.items() if v is not None})
-            draft = FORMATS[kind](noting, train_on, chat)
-            with_tools = isinstance(draft.prompt, list) and "tools" in tokenizer.chat_template
-            tools = objects(noting["tools"], "tools") if with_tools and noting.get("tools") else None
-            columns |= noting.keys()
-            noted |= noting.read
-            prompt, responses = render(draft, tokenizer, train_on, tools)
-            check_characters("".join([prompt, *(text for text, _ in responses)]))
-            drafts.append((where, draft, prompt, responses))
+            row, rendered = understood(row, kind, tokenizer, cfg, notes)
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
             if cfg.bad_rows == "skip":
                 counts["bad"] += 1
                 continue
-            said = error
-            if isinstance(error, json.JSONDecodeError):
-                known = re.search(r"\.jsonl?(\.gz)?[:\[]\d+\]?$", where)
-                said = f"not JSON: {error.msg} at character {error.pos}" + "; expected .jsonl or .json" * (not known)
-            if not isinstance(error, (ValueError, RecursionError)):
-                at = traceback.extract_tb(error.__traceback__)[-1]
-                at = f"{Path(at.filename).name}:{at.lineno}"
-                said = f"{type(error).__name__}: {error} ({at}); a field may be missing or have the wrong type"
-            raise ValueError(f"{where}: {said}; bad_rows = 'skip' leaves such rows out") from None
+            raise ValueError(f"{where}: {explained(error, where)}; bad_rows = 'skip' leaves such rows out") from None
+        if notes.system and notes.texts > notes.transcripts and not cfg.as_chat:  # one way for all rows
+            return load(paths, kind, tokenizer, types.SimpleNamespace(**vars(cfg) | {"as_chat": True}), show, train)
+        drafts += [(where, *parts) for parts in rendered]
+        counts["split"] += len(rendered) - 1
+        draft = rendered[0][0]
         if not draft.responses:
             rows[where] = {**row, "prompt": draft.prompt}
-        if len(drafts) == 1024:
+        if len(drafts) >= 1024:
             flush()
     flush()
     counts["used"], named = len(examples), paths if isinstance(paths, str) else ", ".join(paths)
     if show and kind != "steps":
-        noted -= {"margin"}.difference(*(OBJECTIVES[name].reads for name in cfg.weights))  # a loss has to read it, too
-        lost = (columns - noted) & ({"tools"} if kind == "prompts" else columns)  # of prompts, others are for the reward
-        if lost:
-            print(f"{named}: columns that are not read: {', '.join(sorted(lost))}", file=sys.stderr)
+        report_notes(notes, kind, named, counts, cfg)
     if not examples:
         raise ValueError(f"{named}: no usable row is left ({counted(counts)})")
     return as_dataset(examples, counts, sizes)
+
+
+def understood(row: bytes | object, kind: str, tokenizer: Tokenizer, cfg, notes: Notes) -> tuple[dict, list[tuple]]:
+    """A row, or a line of JSON -> the row, and its `renderings`."""
+    row = json.loads(row) if isinstance(row, bytes) else row
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, found {type(row).__name__}")
+    nulls = kind in ("prm", "steps") or None not in row.values()  # elsewhere, a null is a missing column
+    noting = Noting(row if nulls else {k: v for k, v in row.items() if v is not None})
+
+    # Text or messages
+    train_on, chat = cfg.train_on or TRAIN_ON[kind], bool(tokenizer.chat_template)
+    draft = FORMATS[kind](noting, train_on, chat)
+    if chat and kind not in ("prm", "steps"):
+        draft = as_conversation(draft) if cfg.as_chat else draft
+        notes.system |= not SYSTEM.isdisjoint(row)
+        if isinstance(draft.prompt, str) and draft.prompt:
+            notes.texts += 1
+            notes.transcripts += is_transcript(draft.prompt)
+
+    # What the template may be given besides
+    tools = options = None
+    if isinstance(draft.prompt, list):
+        options = noting.get("chat_template_kwargs")
+        if options is not None and not isinstance(options, dict):
+            raise ValueError(f"'chat_template_kwargs' should be an object, found {str(options)[:60]!r}")
+        if "tools" in tokenizer.chat_template and noting.get("tools"):
+            tools = objects(noting["tools"], "tools")
+    notes.columns |= noting.keys()
+    notes.read |= noting.read
+
+    rendered = renderings(draft, tokenizer, train_on, tools, options)
+    for _, prompt, responses in rendered:
+        check_characters("".join([prompt, *(text for text, _ in responses)]))
+    return row, rendered
+
+
+def explained(error: Exception, where: str) -> str:
+    """What is wrong with the row, in words for whoever wrote it."""
+    if isinstance(error, json.JSONDecodeError):
+        known = re.search(r"\.jsonl?(\.gz)?[:\[]\d+\]?$", where)
+        return f"not JSON: {error.msg} at character {error.pos}" + ("" if known else "; expected .jsonl or .json")
+    if isinstance(error, (ValueError, RecursionError)):
+        return str(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return (f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno}); a field may be missing or have the "
+            f"wrong type")
+
+
+def report_notes(notes: Notes, kind: str, named: str, counts: Counter, cfg):
+    """Print what a user may not expect about the rows that were read."""
+    read = notes.read - {"margin"}.difference(*(OBJECTIVES[name].reads for name in cfg.weights))  # a loss has to read it, too
+    unread = notes.columns - read
+    if kind == "prompts":  # the others are for the reward
+        unread &= {"tools"}
+    if unread:
+        print(f"{named}: columns that are not read: {', '.join(sorted(unread))}", file=sys.stderr)
+    if notes.texts:
+        print(f"{named}: {notes.texts:,} prompts are text and stay so, although the model has a chat template: what is trained is "
+              f"not what a chat sends; --as_chat makes them the user's messages", file=sys.stderr)
+    if notes.without_pair:
+        print(f"{named}: {counts['identical']:,} rows are left out, their responses are equal or tied and there is nothing to "
+              f"prefer; the first is {notes.without_pair}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def tokenizer_of(cfg) -> data.Tokenizer:
         folder, name = stage.tokenizer, stage.init_from
     if not folder and not name:
         raise ValueError("no tokenizer is named; give a --config, --init_from=FOLDER or --tokenizer=FOLDER")
-    return data.Tokenizer(folder or model.find_folder(name), cfg.chat_template)
+    return data.Tokenizer(folder or model.find_folder(name), cfg.chat_template, cfg.chat_template_kwargs)
 
 
 def marked(ids: np.ndarray, scored: np.ndarray, labels: np.ndarray | None, tokenizer: data.Tokenizer) -> list[tuple]:
@@ -84,7 +84,7 @@ def row(e: data.Example, tokenizer: data.Tokenizer) -> str:
     names = {**dict.fromkeys(e.chosen, "chosen" if e.rejected else "desirable"),
              **{i: "rejected" if e.chosen else "undesirable" for i in e.rejected}}
     nothing = np.zeros(len(e.prompt), bool)
-    where = e.where + " (truncated)" * e.truncated
+    where = e.where + (f" (turn {e.turn})" if e.turn else "") + (" (truncated)" if e.truncated else "")
     lines = [where, flow("prompt", marked(e.prompt, nothing, None, tokenizer), f"({len(e.prompt)} tokens)")]
     for i, (ids, scored) in enumerate(zip(e.responses, e.scored)):
         runs = marked(ids, scored, e.labels[i] if e.labels else None, tokenizer)

@@ -204,7 +204,7 @@ class Scorer:
         if not kind and model.has_score(folder):  # a value head beside a language model
             kind = "ForSequenceClassification"
         self.stream, self.say = SAY["ForTokenClassification" if self.cfg.reward_tokens else kind]
-        self.tokenizer = data.Tokenizer(folder, cfg.chat_template)
+        self.tokenizer = data.Tokenizer(folder, cfg.chat_template, cfg.chat_template_kwargs)
         self.decoder, self.saved_dtype = model.load_model(self.cfg, self.machine, name, self.tokenizer, [self.stream])
         self.decoder.requires_grad_(False)
         self.tokens = 0  # stream length: the largest so far, to keep compiled shapes few

@@ -117,10 +117,14 @@ def chat(options, cfg):
 
 
 def lines(found: list[list], dataset: data.Dataset) -> list[dict]:
-    """One object a row: chosen and rejected of a pair, score of a single response, scores of several."""
+    """One object a row: chosen and rejected of a pair, score of a single response, scores of several. The turns of a conversation
+    that are examples of their own are one row: its log-prob is their sum, its reward that of the last."""
     said = []
     for values, e in zip(found, dataset.examples):
-        if e.chosen == [0] and e.rejected == [1]:
+        if e.turn > 1:
+            before, (value,) = said.pop()["score"], values
+            said.append({"score": {key: before[key] + value[key] for key in value} if isinstance(value, dict) else value})
+        elif e.chosen == [0] and e.rejected == [1]:
             said.append({"chosen": values[0], "rejected": values[1]})
         else:
             said.append({"score": values[0]} if len(values) == 1 else {"scores": values})
@@ -135,9 +139,10 @@ def score(options, cfg):
     first = first if isinstance(first, dict) else {}  # a bad row: loading says so
     kind = "preference" if {"chosen", "responses"} & first.keys() else "sft"
     kind = options.kind or ("steps" if scorer.stream == "step_logits" else kind)
-    dataset = data.load(options.data, kind, scorer.tokenizer, scorer.cfg)
-    if len(dataset) != dataset.counts["read"]:
-        raise ValueError(f"{options.data}: {dataset.counts['read']} rows, of which only {len(dataset)} have a response to "
+    dataset = data.load(options.data, kind, scorer.tokenizer, scorer.cfg, train=False)
+    usable = len(dataset) - dataset.counts["split"]
+    if usable != dataset.counts["read"]:
+        raise ValueError(f"{options.data}: {dataset.counts['read']} rows, of which only {usable} have a response to "
                          f"score: scores would not line up with rows; remove the others")
     print(f"{options.data}: {data.counted(dataset.counts)}", file=sys.stderr)
     found = scorer.scores(dataset)

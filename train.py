@@ -272,7 +272,8 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
         torch.compiler.reset()  # drop the graphs compiled for an earlier stage's shapes
     machine.barrier()
 
-    tokenizer = data.Tokenizer(Path(cfg.tokenizer) if cfg.tokenizer else model.find_folder(start_from), cfg.chat_template)
+    folder = Path(cfg.tokenizer) if cfg.tokenizer else model.find_folder(start_from)
+    tokenizer = data.Tokenizer(folder, cfg.chat_template, cfg.chat_template_kwargs)
     apart = {"values"} if cfg.critic else set()  # outputs of a model other than the policy
     decoder, saved_dtype = model.load_model(cfg, machine, start_from, tokenizer, sorted({*outputs} - apart))
     if cfg.critic:

@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import re
 from typing import NamedTuple
 
 
@@ -13,6 +14,7 @@ class Draft(NamedTuple):
     chosen: list = []  # indices of responses: pair i prefers chosen[i] to rejected[i]; in rows with a label, chosen has the
     rejected: list = []  # desirable responses, and rejected the undesirable ones
     margin: list = []  # one per pair
+    turn: int = 0  # of a conversation that is split into its assistant turns: which one it is, from 1
 
 
 def text_field(row: dict, key: str) -> str:
@@ -127,6 +129,8 @@ def split_messages(messages: list[dict], train_on: str) -> tuple[list, list]:
     if not turns:
         raise ValueError("no assistant message to train on")
     first = turns[0] if train_on == "all" else turns[-1]
+    while first - 1 in turns:  # an assistant's turn before it is whole, and no beginning of this one
+        first -= 1
     return messages[:first], messages[first:turns[-1] + 1]
 
 
@@ -395,6 +399,27 @@ def prompt_row(row: dict, train_on: str, chat: bool) -> Draft:
     if prompt == []:
         raise ValueError("no message before the assistant's, so there is no prompt")
     return Draft(with_system(row, prompt, chat), [], [])
+
+
+def is_transcript(text: str) -> bool:
+    """Whether it is a conversation in the form of HH: turns of Human and Assistant."""
+    return "\n\nHuman:" in text and "\n\nAssistant:" in text
+
+
+def as_conversation(draft: Draft) -> Draft:
+    """A draft of text as messages: the prompt is the user's (of an HH transcript, each turn its speaker's), the responses are the
+    assistant's. Text without a prompt, and steps, stay text."""
+    if not isinstance(draft.prompt, str) or not draft.prompt.strip() or not all(isinstance(r, str) for r in draft.responses):
+        return draft
+    if is_transcript(draft.prompt):
+        first, *turns = re.split(r"\n\n(Human|Assistant):", draft.prompt)
+        messages = as_messages("system", first.strip()) if first.strip() else []
+        for speaker, words in zip(turns[::2], turns[1::2]):
+            messages += as_messages("user" if speaker == "Human" else "assistant", words.strip())
+        messages = messages[:-1] if messages[-1]["content"] == "" else messages
+    else:
+        messages = as_messages("user", draft.prompt.strip())
+    return draft._replace(prompt=messages, responses=[as_messages("assistant", r.strip()) for r in draft.responses])
 
 
 FORMATS = {"sft": sft_row, "preference": preference_row, "kto": kto_row, "prm": prm_row, "steps": steps_row, "prompts": prompt_row}

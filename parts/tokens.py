@@ -24,8 +24,10 @@ CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['con
 class Tokenizer:
     """tokenizer.json of a model folder, its special tokens, and its chat template in jinja2's sandbox."""
 
-    def __init__(self, folder: Path, chat_template: str = ""):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, chat_template: str = "", chat_template_kwargs: dict | None = None):
+        """chat_template: a file, or "chatml"; default: the folder's own. chat_template_kwargs: variables of the template, such as
+        enable_thinking."""
+        self.folder, self.chat_template_kwargs = Path(folder), chat_template_kwargs or {}
         if not (self.folder / "tokenizer.json").is_file():
             raise ValueError(f"{folder}: no tokenizer.json there; put the model's own beside its weights, or, for the "
                              f"model to train, name a folder that has one: --tokenizer=FOLDER")
@@ -48,9 +50,10 @@ class Tokenizer:
         self.stops = {self.eos, *(ends if isinstance(ends, list) else [ends])}  # what ends an answer
         self.special = {i for i, token in self.fast.get_added_tokens_decoder().items() if token.special}
         self.chat_template = self._template(chat_template, config)
-        turn_end = self._turn_end() if self.chat_template else set()
-        self.stops |= turn_end
-        self.ends = turn_end and {self.eos, *turn_end}  # EOS ids that a saved model folder has to declare
+        self.turn_end = self._turn_end() if self.chat_template else ""
+        ends = {*self.fast.encode(self.turn_end, add_special_tokens=False).ids[:1]} & self.special
+        self.stops |= ends  # the special token after an assistant's turn ends an answer, whatever EOS is
+        self.ends = ends and {self.eos, *ends}  # EOS ids that a saved model folder has to declare
 
     def _template(self, asked: str, config: dict) -> str:
         """The chat template that the config asks for (a file, or "chatml"), else the folder's own."""
@@ -67,25 +70,46 @@ class Tokenizer:
             template = {t["name"]: t["template"] for t in template}.get("default", "")
         return template
 
-    def _turn_end(self) -> set[int]:
-        """The special token that the chat template puts after an assistant turn: it ends an answer, whatever EOS is."""
+    def _turn_end(self) -> str:
+        """What the chat template puts after an assistant's turn, without the whitespace around it."""
         try:
             text = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "zebra"}], False)
         except ValueError:  # a template that wants more than that
-            return set()
-        behind = text.rpartition("zebra")[2].lstrip() if "zebra" in text else ""
-        return {*self.fast.encode(behind, add_special_tokens=False).ids[:1]} & self.special
+            return ""
+        return text.rpartition("zebra")[2].strip() if "zebra" in text else ""
 
-    def render(self, messages: list[dict], add_generation_prompt: bool, tools: list | None = None) -> str:
+    def render(self, messages: list[dict], add_generation_prompt: bool, tools: list | None = None,
+               options: dict | None = None) -> str:
+        """The messages in the chat template. options: variables of the template for these messages alone."""
         if not self.chat_template:
             raise ValueError(f"messages need a chat template and {self.folder} has none; set chat_template to a file "
                              f"with one, or to 'chatml'")
         if any("tool_calls" in m for m in messages) and "tool_calls" not in self.chat_template:
             raise ValueError("a message has tool_calls, which the template does not read; set chat_template to a file that does")
+        variables = {**self.chat_template_kwargs, **(options or {}), "add_generation_prompt": add_generation_prompt,
+                     "tools": tools or None, "documents": None, "bos_token": self.bos_token, "eos_token": self.eos_token}
+        silent = [m for m in messages if not m["content"] and "tool_calls" in m]
+        if not silent:
+            return self._rendered(messages, variables)
+
+        # A turn that only calls functions has no content: some templates want a text there, others test for none.
+        as_text = [m | {"content": ""} if m["content"] is None else m for m in messages]
+        as_none = [m | {"content": None} if m in silent else m for m in messages]
+        names = [call["function"]["name"] for m in silent for call in m["tool_calls"]]
         try:
-            return compile_template(self.chat_template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=tools or None, documents=None,
-                bos_token=self.bos_token, eos_token=self.eos_token)
+            text = self._rendered(as_text, variables)
+        except ValueError:
+            return self._rendered(as_none, variables)
+        if all(name in text for name in names):
+            return text
+        try:
+            return self._rendered(as_none, variables)
+        except ValueError:
+            return text
+
+    def _rendered(self, messages: list[dict], variables: dict) -> str:
+        try:
+            return compile_template(self.chat_template).render(messages=messages, **variables)
         except Exception as error:  # a template is the user's code: say what it said
             raise ValueError(f"chat template: {type(error).__name__}: {error}") from None
 
@@ -147,6 +171,7 @@ class Example(NamedTuple):
     labels: list = []  # step rows only, one array per response: the label at the step token after a labelled step, nan elsewhere
     row: dict | None = None  # prompts only: all columns, for a reward or a check
     truncated: bool = False
+    turn: int = 0  # of a row whose assistant turns are examples of their own: which one it is, from 1
 
     @property
     def length(self) -> int:
@@ -169,37 +194,138 @@ def cut(e: Example, tokens: int) -> list[Example]:
                        demonstrated=e.demonstrated[i:i + hold]) for i in range(0, len(e.responses), hold)]
 
 
-def render(draft: Draft, tokenizer: Tokenizer, train_on: str, tools: list | None = None) -> tuple[str, list]:
+def renderings(draft: Draft, tokenizer: Tokenizer, train_on: str, tools: list | None = None, options: dict | None = None
+               ) -> list[tuple]:
+    """[(draft, *render(draft))]: a single one. A chat template may render a turn in another way once others follow it (it drops
+    earlier reasoning, or marks the last turn); then one for each trained turn, each after its own history, as the model will
+    meet it when it answers. tools: the functions that may be called; options: variables of the template."""
+    continues = isinstance(draft.prompt, list) and continued(draft)
+    template = functools.partial(tokenizer.render, tools=tools, options=options)
+    draft = with_greeting(draft, template)
+    rendered = render(draft, tokenizer, train_on, tools, options, continues)
+    if rendered is not None:
+        return [(draft, *rendered)]
+    if len(draft.responses) > 1 or draft.chosen or draft.rejected:
+        raise ValueError("the chat template renders the same turns differently once a reply or more turns follow; "
+                         "train_on = 'last' helps if only earlier turns change, otherwise another chat_template")
+    messages, parts = draft.prompt + draft.responses[0], []
+    for turn, i in enumerate(trained_turns(messages, len(draft.prompt), train_on), 1):
+        part = Draft(messages[:i], [[messages[i]]], draft.demonstrated, turn=turn)
+        parts.append((part, *render(part, tokenizer, train_on, tools, options)))
+    return parts
+
+
+def render(draft: Draft, tokenizer: Tokenizer, train_on: str, tools: list | None = None, options: dict | None = None,
+           continues: bool = False) -> tuple[str, list] | None:
     """A draft -> prompt text and, for each response, (text, character spans that are trained; None: all of it; or its steps).
-    tools: the functions that may be called, for the chat template."""
+    None if one text cannot hold all trained turns as the template renders each of them. continues: the prompt's last message is
+    the beginning of the assistant's turn."""
     if isinstance(draft.prompt, str):
         bare = lambda r: r.rstrip() if r.rstrip().endswith(tokenizer.eos_token) else r  # whitespace after EOS is dropped
         return draft.prompt, [(bare(r), None) if isinstance(r, str) else ("".join(s.text for s in r), r) for r in draft.responses]
-    rendered = functools.partial(tokenizer.render, tools=tools)
-    if not draft.prompt and len(draft.responses) == 1 and not opens(draft.responses[0], rendered):
-        turns = draft.responses[0]
-        second = next((i for i, m in enumerate(turns) if i and m["role"] == "assistant"), len(turns))
-        draft = draft._replace(prompt=turns[:second], responses=[turns[second:]])
-    prompt = rendered(draft.prompt, add_generation_prompt=True)
+    template = functools.partial(tokenizer.render, tools=tools, options=options)
+    history, prefill = draft.prompt, ""
+    if continues:
+        history, prefill = draft.prompt[:-1], draft.prompt[-1]["content"]
+        prompt = up_to(prefill, template(draft.prompt, add_generation_prompt=False))
+    else:
+        prompt = template(draft.prompt, add_generation_prompt=True)
     responses = []
     for turns in draft.responses:
-        messages, spans, begin = draft.prompt + turns, [], len(prompt)
-        text = rendered(messages, add_generation_prompt=False)
-        trained = [i for i in range(len(draft.prompt), len(messages))
-                   if messages[i]["role"] == "assistant" and messages[i].get("trained", True)]
-        for i in trained if train_on == "all" else trained[-1:]:
-            before = rendered(messages[:i], add_generation_prompt=True)
-            after = rendered(messages[:i + 1], add_generation_prompt=False)
-            if not (text.startswith(after) and after.startswith(before) and before.startswith(prompt)):
-                raise ValueError("the chat template renders the same turns differently once a reply or more turns follow; "
-                                 "train_on = 'last' helps if only earlier turns change, otherwise another chat_template")
-            check_said(messages[i], after[len(before):])
-            spans.append((len(before) - begin, len(after.rstrip()) - begin))  # templates put a newline after EOS
-        if not spans:
-            greeting = ", but for a greeting, which the chat template cannot prompt for" * (messages[0]["role"] == "assistant")
-            raise ValueError(f"no assistant message to train on{greeting}")
-        responses.append((text[begin:begin + spans[-1][1]], spans))
+        if continues:
+            turns = [{**draft.prompt[-1], **turns[0], "content": prefill + (turns[0]["content"] or "")}, *turns[1:]]
+        response = render_response(history, turns, prompt, prefill, template, tokenizer.turn_end, train_on)
+        if response is None:
+            return None
+        responses.append(response)
     return prompt, responses
+
+
+def continued(draft: Draft) -> bool:
+    """Whether the prompt's last message is the beginning of the assistant's answer, which each response continues."""
+    last = draft.prompt[-1] if draft.prompt else {"role": ""}
+    return last["role"] == "assistant" and "tool_calls" not in last and all(r[0]["role"] == "assistant" for r in draft.responses)
+
+
+def up_to(prefill: str, text: str) -> str:
+    """The rendered text up to the end of its last message, which says `prefill`."""
+    for words in (prefill, prefill.rstrip(), prefill.strip()):  # a template may strip what a message says
+        if words and words in text:
+            return text[:text.rindex(words) + len(words)]
+    raise ValueError(f"the chat template leaves out {prefill[:60]!r}, the beginning of the answer; set chat_template to a file "
+                     f"that keeps it")
+
+
+def trained_turns(messages: list[dict], begin: int, train_on: str) -> list[int]:
+    """The indices, from `begin` on, of the assistant turns that are trained: all, or the last one."""
+    turns = [i for i in range(begin, len(messages)) if messages[i]["role"] == "assistant" and messages[i].get("trained", True)]
+    return turns if train_on == "all" else turns[-1:]
+
+
+def render_response(history: list[dict], turns: list[dict], prompt: str, prefill: str, template: Callable, turn_end: str,
+                    train_on: str) -> tuple[str, list] | None:
+    """(text after the prompt, its trained spans in characters), up to the last trained turn. None if there are several trained turns
+    and the template renders one of them in another way once others follow. prefill: the part of the first turn that the prompt
+    holds. turn_end: what the template puts after a turn."""
+    messages = history + turns
+    trained = trained_turns(messages, len(history), train_on)
+    if not trained:
+        greeting = messages[0]["role"] == "assistant"
+        but = ", but for a greeting, which the chat template cannot prompt for" if greeting else ""
+        raise ValueError(f"no assistant message to train on{but}")
+    messages = messages[:trained[-1] + 1]
+    text, spans = template(messages, add_generation_prompt=False), []
+    for i in trained:
+        first, last = i == len(history), i == trained[-1]
+        before = prompt if first else template(messages[:i], add_generation_prompt=True)
+        after = text if last else template(messages[:i + 1], add_generation_prompt=False)
+        fits = text.startswith(after) and after.startswith(before) and before.startswith(prompt)
+        missing = left_out(messages[i], after[len(before):]) if fits else ""
+        if missing:  # the generation prompt may hold the beginning of it
+            header = template(messages[:i], add_generation_prompt=False)
+            missing = left_out(messages[i], after[len(header):]) if after.startswith(header) else missing
+        if fits and not missing:
+            spans.append((len(before) - len(prompt), len(after.rstrip()) - len(prompt)))  # templates put a newline after EOS
+            continue
+        if len(trained) > 1:
+            return None
+        answer = answer_after(before, messages[i], prefill if first else "")
+        if answer is not None and before.startswith(prompt):
+            text = before + answer + turn_end
+            spans.append((len(before) - len(prompt), len(text) - len(prompt)))
+        elif missing:
+            raise ValueError(f"the chat template leaves out the {missing} of a turn that is trained and writes only "
+                             f"{after[len(before):][:60]!r}; set chat_template to a file that keeps it")
+        else:
+            raise ValueError(f"the chat template renders a turn differently from what it prompts for: it writes "
+                             f"{after[-60:]!r} where its generation prompt ends in {before[-40:]!r}; set chat_template to a file "
+                             f"whose generation prompt begins each turn")
+    return text[len(prompt):len(prompt) + spans[-1][1]], spans
+
+
+def answer_after(before: str, m: dict, prefill: str) -> str | None:
+    """What the assistant's message says after a text that ends in its first words: a prefill, or the tag that opens a thought in the
+    template's generation prompt. None if the message does not begin so."""
+    tag = re.search(r"<[^<>\s]+>\s*$", before)
+    opening = prefill or (tag[0].strip() if tag else "")
+    whole = m["content"] or ""
+    if m.get("reasoning_content") and not prefill:
+        whole = f"{opening}\n{m['reasoning_content']}\n</{opening[1:]}\n\n{whole}"
+    whole = whole if prefill else whole.lstrip()
+    if "tool_calls" in m or not opening or not whole.startswith(opening):
+        return None
+    rest = whole[len(opening):]
+    return rest.lstrip("\n") if before.endswith("\n") and not prefill else rest
+
+
+def with_greeting(draft: Draft, template: Callable) -> Draft:
+    """The draft itself; or, if its conversation begins with a greeting that the template cannot prompt for, the same with the
+    greeting as context: in the prompt, together with all that comes before the assistant's second turn."""
+    if draft.prompt or not isinstance(draft.prompt, list) or len(draft.responses) != 1 or opens(draft.responses[0], template):
+        return draft
+    turns = draft.responses[0]
+    second = next((i for i, m in enumerate(turns) if i and m["role"] == "assistant"), len(turns))
+    return draft._replace(prompt=turns[:second], responses=[turns[second:]])
 
 
 def opens(messages: list[dict], rendered: Callable) -> bool:
@@ -214,15 +340,16 @@ def opens(messages: list[dict], rendered: Callable) -> bool:
     return text.startswith(header) and (header.endswith(usual) if usual else at_once)
 
 
-def check_said(m: dict, text: str):
-    """Raise unless the text of a trained turn, as rendered, contains all that its message says, ignoring whitespace."""
-    bare = lambda said: "".join((said or "").split())
+def left_out(m: dict, text: str) -> str:
+    """The field of a trained turn's message that its rendered text does not hold whole, whitespace ignored; "" if none."""
+    bare = lambda words: "".join((words or "").split())
     whole = bare(text)
-    for key, parts in (("content", [m["content"]]), ("reasoning_content", [m.get("reasoning_content")]),
-                       ("tool_calls", [call["function"]["name"] for call in m.get("tool_calls", ())])):
+    fields = {"content": [m["content"]], "reasoning_content": [m.get("reasoning_content")],
+              "tool_calls": [call["function"]["name"] for call in m.get("tool_calls", ())]}
+    for field, parts in fields.items():
         if not all(bare(part) in whole for part in parts):
-            raise ValueError(f"the chat template leaves out the {key} of a turn that is trained and writes only {text[:60]!r}; "
-                             f"set chat_template to a file that keeps it")
+            return field
+    return ""
 
 
 def check_characters(text: str):
@@ -268,6 +395,8 @@ def tokenize(drafts: list[tuple], tokenizer: Tokenizer, mode: str, counts: Count
                 counts["apart"] += mode == "joint"
                 (ids, offsets), begin = tokenizer.continuation(text), 0
             closed = text.endswith(tokenizer.eos_token) if spans is None else bool(ids) and ids[-1] in tokenizer.special
+            if not prompt_ids and ids[:1] == [tokenizer.bos]:  # the prompt will be BOS
+                ids, offsets = ids[1:], offsets[1:]
             scored = np.ones(len(ids) + (not closed), bool)
             if spans is not None:  # a token is trained if any of its characters is the assistant's
                 starts, ends = np.array(offsets, int).reshape(-1, 2).T - begin
@@ -279,7 +408,8 @@ def tokenize(drafts: list[tuple], tokenizer: Tokenizer, mode: str, counts: Count
         text = isinstance(draft.prompt, str)  # a template writes its own BOS
         if text and tokenizer.adds_bos and prompt_ids[:1] != [tokenizer.bos] or not prompt_ids:
             prompt_ids = [tokenizer.eos if tokenizer.bos is None else tokenizer.bos, *prompt_ids]
-        examples.append(Example(np.array(prompt_ids, np.int32), all_ids, all_scored, *draft[2:], where, all_labels))
+        examples.append(Example(np.array(prompt_ids, np.int32), all_ids, all_scored, draft.demonstrated, draft.chosen,
+                                draft.rejected, draft.margin, where, all_labels, turn=draft.turn))
     return examples
 
 

@@ -34,9 +34,9 @@ def write(path, rows):
     return str(path)
 
 
-def load(paths, tokenizer, kind="sft", **keys):
+def load(paths, tokenizer, kind="sft", train=True, **keys):
     cfg = config.load([f"--{key}={value}" for key, value in {"max_length": 100_000, **keys}.items()])
-    return data.load(paths, kind, tokenizer, cfg, False)
+    return data.load(paths, kind, tokenizer, cfg, False, train)
 
 
 def one(tmp_path, row, tokenizer, kind="sft", **keys):
@@ -206,7 +206,7 @@ def test_formats_as_ids(kind, row, prompt, responses, mode, smollm2, tmp_path):
         return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
 
     tokenizer = data.Tokenizer(smollm2)
-    example, _ = one(tmp_path, row, tokenizer, kind, tokenize=mode)
+    example, _ = one(tmp_path, row, tokenizer, kind, train=False, tokenize=mode)
     asked = prompt or "<|im_start|>" if isinstance(prompt, str) else chatml(prompt) + "<|im_start|>assistant\n"
     assert text_of(tokenizer, example.prompt) == asked
     assert example.row == ({**row, "prompt": prompt} if kind == "prompts" else None)
@@ -557,8 +557,11 @@ def test_a_template_without_generation_prompt(messages, mode, smollm2, tmp_path)
 def test_a_template_that_rewrites_earlier_turns(tmp_path):
     source = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '' }}={% endfor %}"
     tokenizer, row = with_template(tmp_path, ARITHMETIC, source), {"messages": [U("1"), A("2"), U("3"), A("4")]}
+    dataset = load(write(tmp_path / "rows.jsonl", [row]), tokenizer)
+    assert [text_of(tokenizer, [*e.prompt, *e.responses[0]]) for e in dataset.examples] == ["1=2=<eos>", "1==3=4=<eos>"]
+    pair = {"prompt": row["messages"][:1], "chosen": row["messages"][1:], "rejected": [A("5")]}
     with pytest.raises(ValueError, match=r"row.jsonl:1: .*train_on = 'last'"):
-        one(tmp_path, row, tokenizer)
+        one(tmp_path, pair, tokenizer, "preference", train_on="all")
     example, _ = one(tmp_path, row, tokenizer, train_on="last")
     assert text_of(tokenizer, [*example.prompt, *example.responses[0]]) == "1==3=4=<eos>"
 
@@ -703,7 +706,7 @@ def test_cut_fits_and_takes_only_the_ends(tmp_path):
         lengths = dict(max_length=max_length, max_prompt_length=max_prompt_length)
         row = {"prompt": "123456789"[:prompt], "chosen": "1" * chosen, "rejected": "2" * rejected}
         file = write(tmp_path / "rows.jsonl", [row, {"prompt": "", "chosen": "", "rejected": ""}])
-        whole, cut = (load(file, tokenizer, "preference", **keys) for keys in ({}, lengths))
+        whole, cut = (load(file, tokenizer, "preference", False, **keys) for keys in ({}, lengths))
         assert cut.counts["read"] == 2 == len(cut) + cut.counts["dropped"]
         before, after = whole.examples[0], cut.examples[0]
         if after.where != before.where:

@@ -17,8 +17,8 @@ import reward
 import sample
 import train
 from conftest import ROOT, TINY
-from parts import tokens
 from machine import Machine
+from parts import tokens
 from test_train import ROWS, SMALL, lines, options, run
 
 
@@ -222,23 +222,35 @@ def test_a_new_score_head_is_small_and_seeded(tmp_path):
 
 
 def test_identical_responses_teach_nothing(tmp_path, monkeypatch):
-    """Of a pair whose sides are equal the loss is log 2, the margin 0 and the gradient 0, but for rounding."""
+    """Pairs whose sides are equal, also once they are truncated, are left out and counted: what is learned is what the others teach."""
     monkeypatch.chdir(ROOT)
-    (tmp_path / "same.jsonl").write_text('{"prompt": "1+1=", "chosen": "2", "rejected": "2"}\n' * 3)
-    train.train(config.load(options(tmp_path, "rm", train_data=tmp_path / "same.jsonl", max_steps=1, batch_size=3)))
-    line = lines(tmp_path / "run")[0]
-    assert line["loss"] == pytest.approx(math.log(2), abs=1e-12) and abs(line["margin"]) < 1e-12 and line["grad_norm"] < 1e-12
+    equal = ['{"prompt": "1+1=", "chosen": "2", "rejected": "2"}', '{"prompt": "1+1=", "chosen": "2345678", "rejected": "2345679"}']
+    others = ['{"prompt": "1+1=", "chosen": "2", "rejected": "3"}', '{"prompt": "1+2=", "chosen": "3", "rejected": "2"}']
+    for name, rows in (("mixed", [equal[0], others[0], equal[1], others[1]]), ("others", others)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+        given = dict(train_data=tmp_path / f"{name}.jsonl", max_steps=2, batch_size=2, max_length=10)
+        train.train(config.load(options(tmp_path, "dpo", name, **given)))
+    assert [{k: v for k, v in line.items() if k in ("loss", "grad_norm", "tokens")} for line in lines(tmp_path / "mixed")] == [
+        {k: v for k, v in line.items() if k in ("loss", "grad_norm", "tokens")} for line in lines(tmp_path / "others")]
+    assert json.loads((tmp_path / "mixed/run.json").read_text())["rows"]["train"]["identical"] == 2
+    (tmp_path / "equal.jsonl").write_text(equal[0])
+    with pytest.raises(ValueError, match="no usable row is left .*1 identical"):
+        train.train(config.load(options(tmp_path, "rm", "equal", train_data=tmp_path / "equal.jsonl")))
 
 
 def test_a_margin_and_a_ranking_reach_the_loss(tmp_path, monkeypatch):
-    """The margin of a row shifts its loss; three ranked responses are three pairs, and one ranking."""
+    """Where all rewards are 0, the margin of a row shifts its loss; three ranked responses are three pairs, and one ranking."""
     monkeypatch.chdir(ROOT)
-    (tmp_path / "margin.jsonl").write_text('{"prompt": "1+1=", "chosen": "2", "rejected": "2", "margin": 1.5}\n')
-    train.train(config.load(options(tmp_path, "rm", train_data=tmp_path / "margin.jsonl", max_steps=1, batch_size=1)))
+    silent = model.scratch({**SMALL, "vocab_size": 16, "eos_token_id": 0}, 0, {"score": 1}).double()
+    torch.nn.init.zeros_(silent.score.weight)
+    model.save(silent, tmp_path / "silent", torch.float64, ROOT / "tasks/arithmetic")
+    given = dict(init_from=tmp_path / "silent", scratch=None, max_steps=1)
+    (tmp_path / "margin.jsonl").write_text('{"prompt": "1+1=", "chosen": "2", "rejected": "3", "margin": 1.5}\n')
+    train.train(config.load(options(tmp_path, "rm", train_data=tmp_path / "margin.jsonl", batch_size=1, **given)))
     assert lines(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(1 + math.exp(1.5)), abs=1e-12)
-    (tmp_path / "ranked.jsonl").write_text('{"prompt": "1+1=", "responses": ["2", "2", "2"]}\n' * 2)
+    (tmp_path / "ranked.jsonl").write_text('{"prompt": "1+1=", "responses": ["2", "3", "4"]}\n' * 2)
     for name, expected in (("rm", math.log(2)), ("rm_plackett_luce", math.log(6))):
-        train.train(config.load(options(tmp_path, name, name, train_data=tmp_path / "ranked.jsonl", max_steps=1, batch_size=2)))
+        train.train(config.load(options(tmp_path, name, name, train_data=tmp_path / "ranked.jsonl", batch_size=2, **given)))
         assert lines(tmp_path / name)[0]["loss"] == pytest.approx(expected, abs=1e-12)
     cfg = config.load(options(tmp_path, "rm"))
     ranked = data.load(str(tmp_path / "ranked.jsonl"), "preference", data.Tokenizer(ROOT / "tasks/arithmetic"), cfg, False)
