@@ -298,8 +298,8 @@ def render_response(history: list[dict], turns: list[dict], prompt: str, prefill
                              f"{after[len(before):][:60]!r}; set chat_template to a file that keeps it")
         else:
             raise ValueError(f"the chat template renders a turn differently from what it prompts for: it writes "
-                             f"{after[-60:]!r} where its generation prompt ends in {before[-40:]!r}; set chat_template to a file "
-                             f"whose generation prompt begins each turn")
+                             f"{after[-60:]!r} where its generation prompt ends in {before[-40:]!r}; if that opens a thought, write "
+                             f"the turn's (as reasoning_content, or before the content), or set another chat_template")
     return text[len(prompt):len(prompt) + spans[-1][1]], spans
 
 
