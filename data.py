@@ -311,8 +311,12 @@ def in_order(dataset: Dataset, size: int = 256) -> list[np.ndarray]:
     return np.split(np.arange(len(dataset)), range(size, len(dataset), size))
 
 
-def stream_length(datasets: list[Dataset], batch_size: int, asked: int, answers: int = 0, answer: int = 0) -> int:
-    """T: as asked, or (0) a multiple of 128 that holds the largest tree and, up to 4,096 tokens, most whole steps (9/8 of the mean
+USUAL = {"cpu": 1024, "cuda": 4096}  # tokens of a stream that keep the device busy; on a CPU, more only take memory (measured)
+
+
+def stream_length(datasets: list[Dataset], batch_size: int, asked: int, answers: int = 0, answer: int = 0,
+                  device: str = "cpu") -> int:
+    """T: as asked, or (0) a multiple of 128 that holds the largest tree and, up to USUAL tokens, most whole steps (9/8 of the mean
     step). answers, answer: how many answers each prompt is yet to get, of at most how many tokens; such trees may be cut down
     to one answer each, so that T is then at most LARGE, if that holds a prompt with one answer."""
     largest = max((d.examples[d.lengths.argmax()] for d in datasets), key=lambda e: e.length)
@@ -322,7 +326,7 @@ def stream_length(datasets: list[Dataset], batch_size: int, asked: int, answers:
                          f"micro_batch_tokens is {asked}; set it to {-(-least // 128) * 128} or to 0, or lower max_length")
     step = math.ceil(9 / 8 * batch_size * (datasets[0].lengths.mean() + answers * answer))
     whole = largest.length + answers * answer
-    return asked or -(-max(least, min(whole, LARGE) if answer else whole, min(4096, step)) // 128) * 128
+    return asked or -(-max(least, min(whole, LARGE) if answer else whole, min(USUAL[device], step)) // 128) * 128
 
 
 def pack(lengths: list[int], capacity: int) -> list[list[int]]:

@@ -111,7 +111,7 @@ def histogram(lengths: np.ndarray, most: int) -> str:
 
 def packing(dataset: data.Dataset, longest: np.ndarray, cfg) -> str:
     """How the first steps of a run pack: into how many streams, how many tokens they have, and how many with padding instead."""
-    tokens = data.stream_length([dataset], cfg.batch_size, cfg.micro_batch_tokens)
+    tokens = data.stream_length([dataset], cfg.batch_size, cfg.micro_batch_tokens, device=config.machine(cfg)[0])
     first = range(min(20, data.steps_per_epoch(dataset, cfg.batch_size)))
     steps = [data.step_rows(dataset, step, cfg.batch_size, cfg.seed) for step in first]
     streams = [len(data.pack(dataset.lengths[rows].tolist(), tokens)) for rows in steps]

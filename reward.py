@@ -212,7 +212,7 @@ class Scorer:
     def scores(self, dataset: data.Dataset) -> list[list]:
         """For each example, in order, a list with one result per response."""
         model.check_lengths(self.decoder, dataset)
-        self.tokens, found = max(self.tokens, data.stream_length([dataset], 64, 0)), [None] * len(dataset)
+        self.tokens, found = max(self.tokens, data.stream_length([dataset], 64, 0, device=self.machine.device)), [None] * len(dataset)
         layout = self.machine.layout(self.tokens)
         for rows in report.bar(data.in_order(dataset, 64), "rewards", self.machine.rank == 0):
             for batch in data.micro_batches(dataset, rows, layout)[0]:

@@ -291,7 +291,7 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
     for dataset in datasets.values() if cfg.critic else ():
         model.check_lengths(decoder.critic, dataset, cfg.max_new_tokens)
     answers = (cfg.samples_per_prompt, cfg.max_new_tokens) if kind == "prompts" else ()  # that rollouts will add to each prompt
-    tokens = data.stream_length([*datasets.values()], cfg.batch_size, cfg.micro_batch_tokens, *answers)
+    tokens = data.stream_length([*datasets.values()], cfg.batch_size, cfg.micro_batch_tokens, *answers, device=machine.device)
     return Run(cfg, machine, say, terms, streams, outputs, folder_of, tokenizer, decoder, saved_dtype,
                datasets, prompts, machine.layout(tokens))
 

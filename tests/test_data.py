@@ -983,7 +983,7 @@ def test_stream_length():
     assert data.stream_length([dataset], 1, 0) == 128 and data.stream_length([dataset], 1, 6) == 6
     assert data.stream_length([dataset], 100, 0) == 512  # an average step is 450 tokens, and with an eighth more 506
     assert data.stream_length([dataset], 110, 0) == 640  # 495, and 557
-    assert data.stream_length([dataset], 10**6, 0) == 4096
+    assert data.stream_length([dataset], 10**6, 0) == 1024 and data.stream_length([dataset], 10**6, 0, device="cuda") == 4096
     long = tree([1] * 5000, [[1]], [[1]])._replace(where="eval.jsonl:7")
     assert data.stream_length([dataset, as_dataset([long])], 1, 0) == 5120  # whichever set it is in
     with pytest.raises(ValueError, match=r"eval.jsonl:7: .* 5001 tokens .* micro_batch_tokens is 4096; set it to 5120"):
