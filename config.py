@@ -60,7 +60,7 @@ class Config:
     # Steps
     batch_size: int = 64  # examples per optimizer step, over all ranks
     micro_batch_tokens: int = 0  # tokens of a packed micro-batch: changes memory, not the gradient; 0: chosen from the data
-    epochs: float = 1.0  # passes over train_data
+    epochs: float = 1.0  # passes over train_data; what filter_rounds draws comes on top
     max_steps: int = 0  # optimizer steps; 0: as epochs say
     lr: float = 1e-6  # peak learning rate
     min_lr: float = 0.0  # learning rate at the end of linear and cosine
@@ -79,11 +79,11 @@ class Config:
     cache_dir: str = "~/.cache/nanoalign"  # folder for reference log-probs, teacher logits and, during a run, tokenized rows
 
     # Rollouts, for losses on prompts
-    reward: Callable | str | dict = None  # (prompt (text or messages), completion, row) -> number; reward model; {either: weight}
+    reward: Callable | str | dict = None  # (prompt, completion, row) -> number or None; reward model; {either: weight}
     reward_workers: int = 0  # processes that call the reward function; 0: the run's own process calls it
     reward_timeout: float = 60.0  # seconds that a worker may take for an answer
     bad_rewards: str = "error"  # a reward that raises, hangs or is no number: error (save and stop), skip (the prompt, and count)
-    rollout_prompts: int = 0  # prompts that are answered per rollout, over all ranks; 0: batch_size
+    rollout_prompts: int = 0  # prompts answered per rollout, over all ranks, or what is left of an epoch; 0: batch_size
     rollout_epochs: int = 1  # passes over a rollout's answers before the next rollout
     rollout_batch: int = 256  # answers that each rank generates in parallel: memory and speed only
     samples_per_prompt: int = 1  # answers to each prompt
@@ -192,14 +192,21 @@ def read_file(path: str) -> dict:
     if not os.path.isfile(path):
         near = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), 1)
         raise ValueError(f"{path:.200}: no such config file" + (f"; did you mean {near[0]}?" if near else ""))
-    try:
-        values = runpy.run_path(path)
-    except Exception as error:  # of the user's own code, or of what it imports
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        at = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else f"{path}: {frame.filename}:{frame.lineno}"
-        raise ValueError(f"{at}: {type(error).__name__}: {error}"[:400]) from error
+    values = run_file(path)
     return {key: value for key, value in values.items() if not key.startswith("_") and not isinstance(value, types.ModuleType)
             and (key in TYPES or not (callable(value) or type(value).__module__ == "__future__"))}
+
+
+def run_file(path: str) -> dict:
+    """The names that a Python file defines. What goes wrong in it is an error that names the line."""
+    try:
+        return runpy.run_path(path)
+    except (Exception, SystemExit) as error:  # of the user's own code, or of what it imports
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = [frame for frame in frames if "_sitebuiltins" not in frame.filename][-1]  # where exit() is defined
+        at = f"{path}: {frame.filename}:{frame.lineno}"
+        at = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else at
+        raise ValueError(f"{at}: {type(error).__name__}: {error}"[:400]) from error
 
 
 def read_command_line(arguments: list[str]) -> tuple[str | None, dict]:

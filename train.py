@@ -422,7 +422,7 @@ def evaluate(run: Run, sources: list[Callable], rewards: Callable | None, out: P
 
 
 def judge(run: Run, rewards: Callable | None) -> dict[str, float]:
-    """Greedy answers to prompts: the share that passes cfg.check, and their mean reward."""
+    """Greedy answers to prompts: the share that passes cfg.check, and their mean reward, also of each part of a sum."""
     cfg, machine, found = run.cfg, run.machine, {}
     mine, answers = run.prompts.examples[machine.rank::machine.world], []
 
@@ -430,18 +430,19 @@ def judge(run: Run, rewards: Callable | None) -> dict[str, float]:
         with machine.autocast():
             answers.extend(rollout.answers_to([e.prompt.tolist() for e in mine], run.decoder, run.tokenizer, cfg,
                                               show="answers" if machine.rank == 0 else ""))
-        return []
+        return {}
     reward.together(machine, ask, "error")  # if the model has diverged, every rank raises
-    (trees, texts), judges = rollout.answered(run.tokenizer, mine, answers), {}
+    trees, texts = rollout.answered(run.tokenizer, mine, answers)
+    columns = {}
     if cfg.check:
-        judges["exact_match"] = reward.by_function(cfg.check, what="check", mend=""), "error"
+        check = reward.by_function(cfg.check, what="check", mend="")
+        columns |= reward.together(machine, lambda: {"exact_match": check(trees, texts)}, "error")[machine.rank]
     if rewards:
-        judges["reward"] = rewards, cfg.bad_rewards
-    for name, (give, bad) in judges.items():
-        said = reward.together(machine, functools.partial(give, trees, texts), bad)[machine.rank]
-        found[name] = [value for (value,) in said if not isinstance(value, str)]
+        columns |= reward.together(machine, lambda: rewards(trees, texts), cfg.bad_rewards)[machine.rank]
+    for name, values in columns.items():
+        found[name] = [value for (value,) in values if isinstance(value, float)]
     counts = torch.tensor([[sum(x), len(x)] for x in found.values()], dtype=torch.float64, device=machine.device)
-    return {name: total / max(count, 1) for name, (total, count) in zip(found, machine.sum(counts).tolist())}
+    return {name: total / count for name, (total, count) in zip(found, machine.sum(counts).tolist()) if count}
 
 
 def samples(run: Run) -> list[tuple[str, str]]:
