@@ -1,7 +1,7 @@
 """What an answer is worth: a function of the config, a reward model, a process reward model, or a weighted sum of them.
 
-A reward takes examples whose responses are the answers, and the answers' texts, and returns a number for each answer, or None
-where it does not apply, or a message about what went wrong: the caller decides whether that stops the run.
+A reward takes examples whose responses are the answers, and the answers' texts, and returns for each answer a number,
+None where it does not apply, or a message about what went wrong: the caller decides whether that stops the run.
 """
 import functools
 import inspect
@@ -23,12 +23,12 @@ import losses
 import model
 import report
 
-Values = list[list[float | str | None]]  # of each answer to each example: a number, what went wrong, or None: none applies
+Values = list[list[float | str | None]]  # for each example, each answer: a number, what went wrong, or None
 
 
 def rewards(cfg, machine, tokenizer, folder_of: Callable) -> Callable:
-    """cfg.reward as (examples, texts) -> {"reward": Values}: the weighted sum; and, where cfg.reward is a {reward: weight}, the
-    Values of each one under "reward/NAME". folder_of(name): where the model is that the config names."""
+    """cfg.reward as (examples, texts) -> {"reward": Values}: the weighted sum; and, if cfg.reward is a {reward: weight},
+    the Values of each one under "reward/NAME". folder_of(name): where the model is that the config names."""
     functions, weights = {}, {}
     for what, weight in config.rewards(cfg).items():
         name = name_of(what, functions)
@@ -42,8 +42,10 @@ def rewards(cfg, machine, tokenizer, folder_of: Callable) -> Callable:
         parts = {name: function(examples, texts) for name, function in functions.items()}
         totals = []
         for i, example in enumerate(examples):
-            answers = range(len(texts[i]))
-            totals.append([add({name: part[i][j] for name, part in parts.items()}, weights, example.where) for j in answers])
+            totals.append([])
+            for j in range(len(texts[i])):
+                of_answer = {name: part[i][j] for name, part in parts.items()}
+                totals[-1].append(add(of_answer, weights, example.where))
         apart = isinstance(cfg.reward, dict)
         return {"reward": totals, **({f"reward/{name}": part for name, part in parts.items()} if apart else {})}
     return give
@@ -236,7 +238,7 @@ def begin(file: str, name: str):
 
 
 def call(given: tuple) -> float | str | None:
-    """In a worker: call the function; a number, None, a text (which is no number) or a Failed crosses between processes."""
+    """In a worker: call the function; a number, None, a text (which is no number) or a Failed crosses to the run."""
     try:
         value = function(*given)
         if value is None or isinstance(value, Failed):

@@ -358,8 +358,8 @@ class Rollouts:
         return self.now.dataset, np.concatenate([self.now.pieces[i] for i in mine])
 
     def place(self, step: int) -> tuple[int, int]:
-        """Which of its rollout's steps a step is, both counted from 0, and how many prompts this rollout asks for: the last
-        one of an epoch takes those that are left, and fewer steps. (What filter_rounds draws comes on top of epochs.)"""
+        """Which of its rollout's steps a step is, both counted from 0, and how many prompts this rollout asks for: the
+        last one of an epoch takes those that are left, and fewer steps. (What filter_rounds draws comes on top.)"""
         rollout, nth = divmod(step % self.per_epoch, self.steps)
         return nth, min(self.size, len(self.prompts) - rollout * self.size)
 

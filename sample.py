@@ -173,9 +173,10 @@ def judged(options, policy: reward.Scorer, scorer, check, cfg) -> list[dict]:
     for line, rewards in zip(said, judge(trees, texts) if judge else ()):
         line["rewards"] = rewards
     give = reward.by_function(check, what="check", mend="") if check else None
-    checked = reward.together(policy.machine, lambda: {"right": give(trees, texts)}, "error")[0]["right"] if give else ()
-    for line, right in zip(said, checked):
-        line["right"] = [*map(bool, right)]
+    if give:
+        (checked,) = reward.together(policy.machine, lambda: {"right": give(trees, texts)}, "error")
+        for line, right in zip(said, checked["right"]):
+            line["right"] = [*map(bool, right)]
     return said
 
 

@@ -33,7 +33,7 @@ def leaving_in_batch(prompts, completions, rows):
 
 @pytest.mark.parametrize("end", ENDS)
 def test_a_reward_that_ends_its_process_has_failed(end):
-    """exit() in the policy's code is that answer's failure, in the run's process and in a worker, and costs no timeout there."""
+    """exit() in the policy's code is that answer's failure, in the run's process and in a worker, where it costs no timeout."""
     begin = time.monotonic()
     for give in (reward.by_function(leaving), reward.by_function(leaving, workers=1, timeout=60.0)):
         ((one, failed, two),) = give([PROMPT], [["a", end, "bb"]])
@@ -61,7 +61,7 @@ def test_a_run_whose_reward_calls_exit_says_so_and_saves(key, tmp_path):
     (tmp_path / "leaves.py").write_text(f"def {key}(prompt, completion, row):\n    exit()\n")
     given = [f"--config={tmp_path / 'leaves.py'}" if word.startswith("--config") else word
              for word in options(tmp_path, "ppo" if key == "reward" else "sft", max_steps=1)]
-    given += [f"--eval_prompts={ROWS['prompts']}", "--max_new_tokens=4", *([f"--config={tmp_path / 'leaves.py'}"] * (key == "check"))]
+    given += [f"--config={tmp_path / 'leaves.py'}", f"--eval_prompts={ROWS['prompts']}", "--max_new_tokens=4"]
     done = run(given, check=False)
     assert done.returncode == 1 and f"{key}: SystemExit: None ({tmp_path / 'leaves.py'}:2)" in done.stderr
     assert "Traceback" not in done.stderr and (tmp_path / "run" / "checkpoint-0").is_dir()
@@ -165,15 +165,17 @@ def test_a_run_logs_each_reward_by_its_name(tmp_path, recorded):  # noqa: F811
         texts = [tokenizer.decode(a.ids) for g in made.groups for a in g.answers]
         twos = [text.count("2") for text, yes in zip(texts, applies) if yes]
         assert 0 < sum(applies) < len(applies) and any(twos)
-        assert line["reward/even"] == pytest.approx(np.mean(twos)) and line["reward/long"] == pytest.approx(np.mean([*map(len, texts)]))
+        assert line["reward/even"] == pytest.approx(np.mean(twos))
+        assert line["reward/long"] == pytest.approx(np.mean([*map(len, texts)]))
         totals = [0.5 * len(text) - 2.0 * text.count("2") * yes for text, yes in zip(texts, applies)]
         assert line["reward"] == pytest.approx(np.mean(totals)) and {"reward/std", "reward/clipped"} <= line.keys()
     assert {"reward", "reward/long", "reward/even"} <= lines(tmp_path / "run", "eval")[-1].keys()
 
 
 def test_ranks_log_the_same_parts(tmp_path, recorded):  # noqa: F811
-    train.train(config.load(with_rewards(tmp_path, "{long: 0.5, even: -2.0}", out="one", max_steps=1, eval_data=ROWS["prompts"])))
-    run(with_rewards(tmp_path, "{long: 0.5, even: -2.0}", out="two", max_steps=1, eval_data=ROWS["prompts"]), ranks=2)
+    more = dict(max_steps=1, eval_data=ROWS["prompts"])
+    train.train(config.load(with_rewards(tmp_path, "{long: 0.5, even: -2.0}", out="one", **more)))
+    run(with_rewards(tmp_path, "{long: 0.5, even: -2.0}", out="two", **more), ranks=2)
     for split in ("train", "eval"):
         one, two = (lines(tmp_path / out, split)[0] for out in ("one", "two"))
         for key in ("reward", "reward/long", "reward/even", *(["frac_reward_zero_std"] if split == "train" else [])):
