@@ -159,6 +159,7 @@ def ending():
             raise
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # before the first step or behind the last: in between, noting_signals hears it
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # launchers repeat what the terminal has sent
         print("\nstopped by Ctrl-C", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
     except RuntimeError as error:  # from gloo, when a rank is gone; NCCL's watchdog kills the process itself

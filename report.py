@@ -26,8 +26,8 @@ def recorder(out: Path, track: str, config: dict) -> Callable:
     try:
         follow = TRACKERS[track](out, config) if track else lambda line: None
     except Exception as error:  # its own kinds: nobody is logged in, its server cannot be reached
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"track = {track!r}: {first:.300}; log in there, or leave track out") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"track = {track!r}: {reason:.300}; set it up, or leave track out") from error
 
     def record(line: dict):
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}

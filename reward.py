@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 import multiprocessing
+import multiprocessing.resource_tracker
 import runpy
 import signal
 import traceback
@@ -202,11 +203,20 @@ class Workers:
             raise ValueError(f"reward_workers: {name or function} is not a function at the top level of "
                              f"{self.place[0] or 'a file'}, where workers find it")
 
+    def started(self):
+        """A pool of processes that never hear a terminal's Ctrl-C, which is for the run: they inherit that it is blocked."""
+        multiprocessing.resource_tracker.ensure_running()  # a process of the pool's own, whose start would unblock it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return multiprocessing.get_context("spawn").Pool(self.workers, begin, self.place)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
     def __call__(self, asked: list[tuple]) -> Iterator:
         results = None
         for i in range(len(asked)):
             if results is None:
-                self.pool = self.pool or multiprocessing.get_context("spawn").Pool(self.workers, begin, self.place)
+                self.pool = self.pool or self.started()
                 try:
                     self.pool.apply_async(bool).get(START)  # start-up and imports do not count towards the timeout
                 except multiprocessing.TimeoutError:
@@ -229,7 +239,6 @@ class Workers:
 def begin(file: str, name: str):
     """In a worker: load the function from its own file. A worker that ends here would be started again, for ever."""
     global function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the run, which finishes its step
     try:
         function = runpy.run_path(file)[name]
     except BaseException as error:

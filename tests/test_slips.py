@@ -2,8 +2,11 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -300,6 +303,20 @@ def test_ctrl_c_while_a_config_is_read_is_one_line(tmp_path):
     assert status == 130 and text.strip() == "stopped by Ctrl-C"
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="children are listed in /proc")
+def test_ctrl_c_while_reward_workers_start_is_one_line(tmp_path):
+    """A terminal's signal reaches every process; those of the pool leave it to the run."""
+    given = [sys.executable, "train.py", *options(tmp_path, "ppo", eval_data=ROWS["prompts"], reward_workers=2)]
+    process = subprocess.Popen(given, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    children, end = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.monotonic() + 60
+    while len(children.read_text().split()) < 3 and time.monotonic() < end:  # two workers, and the pool's tracker
+        time.sleep(0.02)
+    time.sleep(0.3)  # they are importing torch
+    os.killpg(process.pid, signal.SIGINT)
+    text = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and text.strip() == "stopped by Ctrl-C"
+
+
 class UsageError(Exception):
     """As wandb's."""
 
@@ -312,7 +329,7 @@ def test_a_tracker_that_is_not_logged_in_is_one_line(tmp_path, monkeypatch):
     spec = types.SimpleNamespace(origin=__file__)  # as if it were installed
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: spec)
     monkeypatch.setitem(report.TRACKERS, "tensorboard", closed)
-    message = "^track = 'tensorboard': No API key configured. Use `wandb login` to log in.; log in there, or leave track out$"
+    message = "^track = 'tensorboard': No API key configured. Use `wandb login` to log in.; set it up, or leave track out$"
     with pytest.raises(ValueError, match=message):
         go(tmp_path, track="tensorboard", max_steps=1)
     monkeypatch.setitem(report.TRACKERS, "tensorboard", lambda out, config: lambda line: None)
