@@ -86,9 +86,27 @@ def run_json(out: Path) -> dict:
     return {**kept, "finished": bool(kept.get("finished")) and (out / "model").is_dir()}
 
 
+UNTRAINED = {"lock", "run.json", "run.json.part", "metrics.jsonl", "predictions.jsonl", "predictions.jsonl.part",
+             "checkpoint-0", "tensorboard", "wandb"}  # what a run leaves that ended before its first step
+
+
 def written_to(out: Path) -> bool:
-    """Whether there is anything in the folder; a lock file alone does not count."""
-    return out.exists() and any(path.name != "lock" for path in out.iterdir())
+    """Whether there is anything in the folder that a new run must not overwrite. What a run leaves that ended before
+    its first step does not count, nor does a lock file alone."""
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if names <= {"lock"}:
+        return False
+    if not names <= UNTRAINED or "run.json" not in names or run_json(out)["finished"]:
+        return True
+    metrics = out / "metrics.jsonl"
+    return metrics.is_file() and '"split": "train"' in metrics.read_text()
+
+
+def start_anew(out: Path):
+    """Remove what a run that ended before its first step has left in a folder that is not `written_to`."""
+    shutil.rmtree(out / "checkpoint-0", ignore_errors=True)
+    for name in ("metrics.jsonl", "predictions.jsonl"):
+        (out / name).unlink(missing_ok=True)
 
 
 def check_free(out: Path, cfg, machine):

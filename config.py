@@ -40,6 +40,7 @@ class Config:
     wpo: bool = False  # preference losses: weigh pairs by how likely the policy finds their responses
     scratch: dict = None  # config.json of the new model when init_from = "scratch"; vocab_size comes from the tokenizer
     tokenizer: str = ""  # folder with tokenizer.json; default: init_from's
+    resize_embeddings: bool = False  # a tokenizer with more tokens than a model: new rows, the mean of the old ones
 
     # Data
     train_data: str | list = ""  # files or globs: .jsonl, .json, .gz of either
@@ -62,7 +63,7 @@ class Config:
     # Steps
     batch_size: int = 64  # examples per optimizer step, over all ranks
     micro_batch_tokens: int = 0  # tokens of a packed micro-batch: changes memory, not the gradient; 0: chosen from the data
-    epochs: float = 1.0  # passes over train_data
+    epochs: float = 1.0  # passes over train_data; what filter_rounds draws comes on top
     max_steps: int = 0  # optimizer steps; 0: as epochs say
     lr: float = 1e-6  # peak learning rate
     min_lr: float = 0.0  # learning rate at the end of linear and cosine
@@ -81,11 +82,11 @@ class Config:
     cache_dir: str = "~/.cache/nanoalign"  # folder for reference log-probs, teacher logits and, during a run, tokenized rows
 
     # Rollouts, for losses on prompts
-    reward: Callable | str | dict = None  # (prompt (text or messages), completion, row) -> number; reward model; {either: weight}
+    reward: Callable | str | dict = None  # (prompt, completion, row) -> number or None; reward model; {either: weight}
     reward_workers: int = 0  # processes that call the reward function; 0: the run's own process calls it
     reward_timeout: float = 60.0  # seconds that a worker may take for an answer
     bad_rewards: str = "error"  # a reward that raises, hangs or is no number: error (save and stop), skip (the prompt, and count)
-    rollout_prompts: int = 0  # prompts that are answered per rollout, over all ranks; 0: batch_size
+    rollout_prompts: int = 0  # prompts answered per rollout, over all ranks, or what is left of an epoch; 0: batch_size
     rollout_epochs: int = 1  # passes over a rollout's answers before the next rollout
     rollout_batch: int = 256  # answers that each rank generates in parallel: memory and speed only
     samples_per_prompt: int = 1  # answers to each prompt
@@ -154,7 +155,45 @@ ELSEWHERE = {  # what other trainers call a key -> ours
     "max_grad_norm": "grad_clip", "lr_scheduler_type": "schedule", "lr_scheduler": "schedule", "warmup_ratio": "warmup_steps",
     "gradient_checkpointing": "activation_checkpointing", "bf16": "dtype", "fp16": "dtype", "logging_steps": "log_every",
     "save_steps": "save_every", "eval_steps": "eval_every", "save_total_limit": "keep_checkpoints", "report_to": "track",
-    "resume_from_checkpoint": "resume", "torch_compile": "compile", "init_kl_coef": "kl_coef"}
+    "resume_from_checkpoint": "resume", "torch_compile": "compile", "init_kl_coef": "kl_coef", "optim": "optimizer",
+    "adam_beta1": "betas", "adam_beta2": "betas", "run_name": "out_dir", "logging_dir": "out_dir", "data_seed": "seed",
+    "save_strategy": "save_every", "eval_strategy": "eval_every", "evaluation_strategy": "eval_every",
+    "logging_strategy": "log_every", "num_iterations": "rollout_epochs", "reward_weights": "reward",
+    "remote_rm_url": "reward", "reward_pretrain": "reward", "prompt_data": "train_data", "use_cpu": "device",
+    "no_cuda": "device", "assistant_only_loss": "train_on", "completion_only_loss": "train_on",
+    "scale_rewards": "advantages", "rollout_batch_size": "rollout_prompts", "micro_rollout_batch_size": "rollout_batch",
+    "micro_train_batch_size": "micro_batch_tokens", "generate_max_len": "max_new_tokens",
+    "prompt_max_len": "max_prompt_length", "actor_learning_rate": "lr", "critic_learning_rate": "critic_lr"}
+NOT_HERE = {  # keys of other trainers that have no counterpart, as regular expressions -> what is done instead
+    "load_best_model_at_end|metric_for_best_model|greater_is_better":
+        "the model of the last step is saved; with eval_every and save_every, take the checkpoint that you like best",
+    "early_stop.*|patience": "a run ends after max_steps or epochs; Ctrl-C stops it earlier, and saves",
+    "mask_truncated_completions|overlong_filter.*":
+        "answers that ran out of tokens are trained, too; missing_eos_penalty and overlong_buffer lower their reward",
+    "(use_)?vllm.*|colocate_.*|cache_implementation": "the run generates answers itself, between its steps",
+    "(use_)?(peft|lora|qlora|dora)(_.*)?|load_in_.bit|quantization_config|bnb_.*":
+        "all weights are trained, in fp32; there are no adapters and no quantized weights",
+    "deepspeed.*|zero_stage|fsdp.*|tp_size|ddp_.*|accelerator_config":
+        "each rank holds the whole model and takes a share of each step; start the ranks with torchrun",
+    "(sample_|eval_)?packing(_.*)?|padding_free|group_by_length|pad_to_multiple_of":
+        "rows are always packed, without padding",
+    "(use_)?flash_attn.*|use_flash_attention.*|attn_implementation|use_liger.*":
+        "the kernels are chosen by the device and its dtype",
+    "neftune_.*|(disable_|attention_|attn_)?dropout": "there is no dropout and no noise",
+    "sync_ref_model|ref_model_.*": "the reference is frozen",
+    "precompute_ref_.*": "the reference is asked once per row anyway; reference_live runs it in every step",
+    "push_to_hub.*|hub_.*": "nothing is uploaded; out_dir/model is a folder that transformers loads and uploads",
+    "(dataset|dataloader|preprocessing)_num_.*|dataloader_.*|num_workers":
+        "all cores tokenize, and no loader is needed",
+    "remove_unused_columns": "columns that nothing reads are listed and left out",
+    "dataset_(text|kwargs).*|input_key|output_key|label_key":
+        "columns are known by their names; rename them in the file",
+    "trust_remote_code": "code in a model's folder is never run",
+    "train_on_inputs": "prompts are not trained; rows of {text} are trained whole",
+    "shuffle(_.*)?": "each epoch has its own order, a function of seed",
+    "overwrite_output_dir": "an out_dir is never written over; remove it, or name another",
+    "adam_eps(ilon)?": "AdamW's is 1e-8", "fp16_full_eval|bf16_full_eval": "evals compute in the run's dtype",
+    "ema(_.*)?": "the weights of the last step are saved, and no average of them; sample.py merge averages two models"}
 LOSSES_ELSEWHERE = {"sigmoid": "dpo", "reward": "rm", "reward_model": "rm"}
 TYPES = typing.get_type_hints(Config)
 
@@ -194,14 +233,21 @@ def read_file(path: str) -> dict:
     if not os.path.isfile(path):
         near = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), 1)
         raise ValueError(f"{path:.200}: no such config file" + (f"; did you mean {near[0]}?" if near else ""))
-    try:
-        values = runpy.run_path(path)
-    except Exception as error:  # of the user's own code, or of what it imports
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        at = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else f"{path}: {frame.filename}:{frame.lineno}"
-        raise ValueError(f"{at}: {type(error).__name__}: {error}"[:400]) from error
+    values = run_file(path)
     return {key: value for key, value in values.items() if not key.startswith("_") and not isinstance(value, types.ModuleType)
             and (key in TYPES or not (callable(value) or type(value).__module__ == "__future__"))}
+
+
+def run_file(path: str) -> dict:
+    """The names that a Python file defines. What goes wrong in it is an error that names the line."""
+    try:
+        return runpy.run_path(path)
+    except (Exception, SystemExit) as error:  # of the user's own code, or of what it imports
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = [frame for frame in frames if "_sitebuiltins" not in frame.filename][-1]  # where exit() is defined
+        at = f"{path}: {frame.filename}:{frame.lineno}"
+        at = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else at
+        raise ValueError(f"{at}: {type(error).__name__}: {error}"[:400]) from error
 
 
 def read_command_line(arguments: list[str]) -> tuple[str | None, dict]:
@@ -284,7 +330,8 @@ def resolve(layers: list[tuple[str, dict]]) -> types.SimpleNamespace:
             owners = [o.name for o in OBJECTIVES.values() if key in o.hyperparameters]
             if owners:
                 raise ValueError(f"{where}: {'+'.join(weights)} has no hyperparameter {key!r} (it belongs to {', '.join(owners)})")
-            raise ValueError(f"{where}: unknown key {key!r:.40}.{suggestion(key, [*TYPES, *hyperparameters], ELSEWHERE)} "
+            hint = absent(key) or suggestion(key, [*TYPES, *hyperparameters], ELSEWHERE, 0.75)
+            raise ValueError(f"{where}: unknown key {key!r:.40}.{hint} "
                              f"`python train.py --help` lists every key; in a config file, other values have to begin with _")
     given = {key: values[key] for key in source}
     bound = {name: {k: given.get(f"{name}_{k}", given.get(k, default)) for k, default in OBJECTIVES[name].hyperparameters.items()}
@@ -301,9 +348,17 @@ def home(value):
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
-def suggestion(word: str, known, elsewhere: dict) -> str:
-    near = [elsewhere[word]] if word in elsewhere else difflib.get_close_matches(word, list(known), 1, 0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
+def suggestion(word: str, known, elsewhere: dict, alike: float = 0.6) -> str:
+    """A question after the known word that is meant: by another trainer's name for it, or by a word that is spelled
+    much like it, to at least `alike`, from 0 to 1."""
+    near = [word] if word in elsewhere else difflib.get_close_matches(word, [*known, *elsewhere], 1, alike)
+    return f" Did you mean {elsewhere.get(near[0], near[0])!r}?" if near else ""
+
+
+def absent(key: str) -> str:
+    """What is done here instead, if it is the key of another trainer that has no counterpart."""
+    reasons = [reason for pattern, reason in NOT_HERE.items() if re.fullmatch(pattern, key)]
+    return f" There is no counterpart here: {reasons[0]}." if reasons else ""
 
 
 def load(arguments: list[str], *below: tuple[str, dict]) -> types.SimpleNamespace:

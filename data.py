@@ -297,7 +297,9 @@ def mismatched(dataset: Dataset, seed: int, epoch: int) -> Dataset:
     largest = int(dataset.lengths.max())
     prompts = [e.prompt.tobytes() for e in dataset.examples]
     if len(set(prompts)) < 2:
-        raise ValueError(f"{dataset.examples[0].where}: every row has this row's prompt, and KTO needs responses of other prompts")
+        raise ValueError(f"{dataset.examples[0].where}: every row has this row's prompt, and KTO needs responses of "
+                         f"other prompts; add rows with other prompts, or use a loss that needs none: --objective=bco, "
+                         f"apo_zero_unpaired or kto_vanilla")
     made = []
     for i, e in enumerate(dataset.examples):
         rng, responses = np.random.default_rng((seed, epoch, i)), []

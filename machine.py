@@ -158,6 +158,10 @@ def ending():
         if not on_purpose(error):
             raise
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # before the first step or behind the last: in between, noting_signals hears it
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # launchers repeat what the terminal has sent
+        print("\nstopped by Ctrl-C", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
     except RuntimeError as error:  # from gloo, when a rank is gone; NCCL's watchdog kills the process itself
         if not (dist.is_initialized() and re.search("connection (closed|reset)|timed out", str(error), re.IGNORECASE)):
             raise
@@ -176,6 +180,7 @@ def ending():
         if dist.is_initialized():
             error = sys.exception()
             agreed = isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128  # a signal, on every rank
+            agreed = agreed and not isinstance(error.__context__, KeyboardInterrupt)  # it may be of this rank alone
             if error and not agreed and dist.get_backend() == "nccl":
                 leave(error)
             gc.collect()  # frees DDP's wrapper before its process group is destroyed

@@ -481,6 +481,20 @@ class Decoder(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
         return self.lm_head(self.model(tokens, torch.arange(len(tokens), device=tokens.device), attend))
 
+    def resize(self, tokens: int):
+        """Give the embedding and, if there is one, the head a row for each of so many tokens: new ones are the mean of
+        the old ones."""
+        def grown(weight: Tensor) -> nn.Parameter:
+            new = weight.mean(0, keepdim=True).expand(tokens - len(weight), -1)
+            return nn.Parameter(torch.cat([weight, new]).detach())
+        self.config["vocab_size"] = tokens
+        self.shape = self.model.shape = replace(self.shape, vocab_size=tokens)
+        embedding = self.model.embed_tokens
+        embedding.weight, embedding.num_embeddings = grown(embedding.weight), tokens
+        if hasattr(self, "lm_head"):
+            self.lm_head.weight = embedding.weight if self.shape.tied else grown(self.lm_head.weight)
+            self.lm_head.out_features = tokens
+
     def init_head(self, name: str, seed: int):
         """A new score or values head: normal with std 1 / (D + 1), the same on every device."""
         head, std = getattr(self, name), 1 / (self.shape.hidden_size + 1)
@@ -690,9 +704,13 @@ def load_model(cfg, machine, name: str, tokenizer, outputs: list[str]) -> tuple[
     if "step_logits" in outputs:
         decoder.config |= {"step_token": cfg.step_token, "reward_tokens": list(cfg.reward_tokens)}
         decoder.reward_tokens = tuple(map(tokenizer.one, cfg.reward_tokens))
-    if decoder.shape.vocab_size < tokenizer.fast.get_vocab_size():
+    vocabulary = tokenizer.fast.get_vocab_size()
+    if decoder.shape.vocab_size < vocabulary and cfg.resize_embeddings:
+        decoder.resize(vocabulary)
+    if decoder.shape.vocab_size < vocabulary:
         raise ValueError(f"{name}: {decoder.shape.vocab_size} embeddings are too few: the tokenizer of {tokenizer.folder} has "
-                         f"{tokenizer.fast.get_vocab_size()} tokens")
+                         f"{vocabulary} tokens; --resize_embeddings adds rows for the others, or name the model's own "
+                         f"tokenizer")
     if machine.layout(0).varlen and (decoder.shape.head_dim % 8 or decoder.shape.head_dim > 256):
         raise ValueError(f"{name}: head_dim is {decoder.shape.head_dim}; 16-bit attention on CUDA needs a multiple of 8 up to "
                          f"256: use --dtype=float32")
@@ -711,13 +729,24 @@ def without_masters(decoder: Decoder, dtype: torch.dtype) -> Decoder:
     return decoder
 
 
+def too_long(shape: Shape, dataset, answer: int = 0) -> str:
+    """Which example is the first that is longer than the model has positions, in words; "" if none is. answer: tokens
+    of a response that is yet to come."""
+    long_trees = (dataset.lengths + answer > shape.max_positions).nonzero()[0]  # others fit, whatever their parts are
+    for i in long_trees.tolist():
+        e = dataset.examples[i]
+        length = len(e.prompt) + max(map(len, e.responses), default=answer)
+        if length > shape.max_positions:
+            return (f"{e.where}: {length} tokens, and the model has {shape.max_positions} positions; "
+                    f"set max_length to at most that")
+    return ""
+
+
 def check_lengths(decoder: Decoder, dataset, answer: int = 0):
     """Raise an error for examples longer than learned positions reach. answer: tokens of a response that is yet to come."""
-    for e in dataset.examples if decoder.shape.gpt2 else ():
-        length = len(e.prompt) + max(map(len, e.responses), default=answer)
-        if length > decoder.shape.max_positions:
-            raise ValueError(f"{e.where}: {length} tokens, and the model has {decoder.shape.max_positions} positions; "
-                             f"set max_length to at most that")
+    long = too_long(decoder.shape, dataset, answer) if decoder.shape.gpt2 else ""
+    if long:
+        raise ValueError(long)
 
 
 CRITIC = ("values", "critic")  # how the critic's parameter names begin: a head on the trunk, or a separate model

@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -40,6 +41,24 @@ def tokenizer_of(cfg) -> data.Tokenizer:
     if not folder and not name:
         raise ValueError("no tokenizer is named; give a --config, --init_from=FOLDER or --tokenizer=FOLDER")
     return data.Tokenizer(folder or model.find_folder(name), cfg.chat_template, cfg.chat_template_kwargs)
+
+
+def shape_of(cfg, tokenizer: data.Tokenizer) -> model.Shape | None:
+    """The shape of the model that a run would start from, found without running the stages before it; None if it is not
+    here."""
+    name, stage = cfg.init_from, cfg
+    while name.endswith(".py"):
+        stage = config.load_stage(name, stage)
+        name = stage.init_from
+    if name == "scratch":
+        tokens = tokenizer.fast.get_vocab_size()
+        return model.read_shape({"vocab_size": tokens, **stage.scratch}, "scratch") if stage.scratch else None
+    apart = cfg.tokenizer or stage.tokenizer  # else the tokenizer's folder is the model's, also of one from a hub
+    for folder in (Path(name), Path(name, "model"), *([] if apart else [tokenizer.folder])):
+        file = folder / "config.json"
+        if file.is_file():
+            return model.read_shape(model.read_json(file), str(file))
+    return None
 
 
 def marked(ids: np.ndarray, scored: np.ndarray, labels: np.ndarray | None, tokenizer: data.Tokenizer) -> list[tuple]:
@@ -135,6 +154,7 @@ def main(arguments: list[str]):
             raise ValueError("no FILE, and no --config with train_data; expected python data.py FILE --objective=...")
         kind, tokenizer = config.data_kind(cfg), tokenizer_of(cfg)
         dataset = data.load(files or cfg.train_data, kind, tokenizer, cfg)
+        shape = shape_of(cfg, tokenizer)
     examples, counts = dataset.examples, dataset.counts
     reads = {name for term in config.terms(cfg, False) for name in term.reads}
     rewarded = any("reward" in name for name in reads) and not any("logps" in name for name in reads)
@@ -142,6 +162,9 @@ def main(arguments: list[str]):
     marks = lambda e: with_rewards(e, imitated) if rewarded else e
     print(f"{kind} rows for {'+'.join(cfg.weights)}, tokens of {tokenizer.folder}:")
     print(data.counted(counts) + "\n")
+    beyond = model.too_long(shape, dataset, cfg.max_new_tokens) if shape else ""
+    if beyond:
+        print(f"warning: {beyond}\n")
     shown = examples[:options.rows]
     if counts["truncated"] and not any(e.truncated for e in shown):
         shown += itertools.islice((e for e in examples if e.truncated), 1)

@@ -36,7 +36,7 @@ def reference_folder(run) -> str:
 def frozen_reference(run) -> model.Decoder:
     folder = reference_folder(run)
     if run.cfg.reference:
-        run.tokenizer.same_ids(data.Tokenizer(model.find_folder(folder)))
+        run.tokenizer.same_ids(data.Tokenizer(model.find_folder(folder)), run.cfg.resize_embeddings)
     return frozen(run, folder, ["log_probs"])
 
 
@@ -68,7 +68,7 @@ def live(run, decoder, output: str, column: str) -> Callable:
 def teacher_source(run) -> Callable:
     """Adds teacher_logits: `Projected`, from a teacher that runs in every step; or `TopLogits`, from a table cached on disk."""
     cfg, teacher = run.cfg, run.folder_of(run.cfg.teacher)
-    run.tokenizer.same_ids(data.Tokenizer(model.find_folder(teacher)))
+    run.tokenizer.same_ids(data.Tokenizer(model.find_folder(teacher)), cfg.resize_embeddings)
 
     load = lambda: frozen(run, teacher, ["logits"])
     if not cfg.teacher_top_k:
@@ -77,7 +77,7 @@ def teacher_source(run) -> Callable:
     if cfg.teacher_top_k > known:
         raise ValueError(f"teacher_top_k = {cfg.teacher_top_k} and the vocabulary has {known} tokens")
     described = model.find_folder(teacher) / "config.json"
-    vocab = model.read_shape(model.read_json(described), str(described)).vocab_size
+    vocab = max(known, model.read_shape(model.read_json(described), str(described)).vocab_size)  # resize_embeddings
 
     def highest(decoder, batch):
         logits = decoder(batch, ["logits"])["logits"].ready()
@@ -227,6 +227,7 @@ def key(run, dataset: data.Dataset, parts: list[np.ndarray], what: str, weights:
     and scored masks of the rows in it, their places, device, dtype, torch and our code."""
     machine = run.machine
     precision = f"{machine.device} {machine.dtype} {torch.__version__} compiled={machine.compiled} {run.layout.tokens}"
+    precision += f" {run.tokenizer.fast.get_vocab_size()} tokens"  # to which resize_embeddings takes a model
     source = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (data, losses, model))
     digest = hashlib.sha256(f"{weights} {precision} {what} {source}".encode())
     digest.update(dataset.offsets.tobytes())

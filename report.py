@@ -23,7 +23,11 @@ def bar(steps=None, what: str = "", show: bool = True, **more) -> tqdm:
 
 def recorder(out: Path, track: str, config: dict) -> Callable:
     """A function record(line) that appends a line to metrics.jsonl and sends it to the tracker, if there is one."""
-    follow = TRACKERS[track](out, config) if track else lambda line: None
+    try:
+        follow = TRACKERS[track](out, config) if track else lambda line: None
+    except Exception as error:  # its own kinds: nobody is logged in, its server cannot be reached
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"track = {track!r}: {reason:.300}; set it up, or leave track out") from error
 
     def record(line: dict):
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}

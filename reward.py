@@ -1,17 +1,20 @@
 """What an answer is worth: a function of the config, a reward model, a process reward model, or a weighted sum of them.
 
-A reward takes examples whose responses are the answers, and the answers' texts, and returns a number for each answer, or a
-message about what went wrong: the caller decides whether that stops the run.
+A reward takes examples whose responses are the answers, and the answers' texts, and returns for each answer a number,
+None where it does not apply, or a message about what went wrong: the caller decides whether that stops the run.
 """
+import functools
 import inspect
 import math
 import multiprocessing
+import multiprocessing.resource_tracker
 import runpy
 import signal
 import traceback
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -21,24 +24,62 @@ import losses
 import model
 import report
 
-Said = list[list[float | str]]  # for each example, for each answer: its reward, or what went wrong
+Values = list[list[float | str | None]]  # for each example, each answer: a number, what went wrong, or None
 
 
 def rewards(cfg, machine, tokenizer, folder_of: Callable) -> Callable:
-    """cfg.reward as (examples, texts) -> Said. folder_of(name): where the model is that the config names."""
-    terms = []
+    """cfg.reward as (examples, texts) -> {"reward": Values}: the weighted sum; and, if cfg.reward is a {reward: weight},
+    the Values of each one under "reward/NAME". folder_of(name): where the model is that the config names."""
+    functions, weights = {}, {}
     for what, weight in config.rewards(cfg).items():
-        give = by_function(what, cfg.reward_workers, cfg.reward_timeout) if callable(what) else by_model(
-            Scorer(folder_of(what), cfg, machine), tokenizer)
-        terms.append((weight, give))
+        name = name_of(what, functions)
+        weights[name] = weight
+        if callable(what):
+            functions[name] = by_function(what, cfg.reward_workers, cfg.reward_timeout, optional=True)
+        else:
+            functions[name] = by_model(Scorer(folder_of(what), cfg, machine), tokenizer)
 
-    def summed(examples: list[data.Example], texts: list[list[str]]) -> Said:
-        parts = [(weight, give(examples, texts)) for weight, give in terms]
-        return [[add([(weight, said[i][j]) for weight, said in parts]) for j in range(len(mine))] for i, mine in enumerate(texts)]
-    return summed
+    def give(examples: list[data.Example], texts: list[list[str]]) -> dict[str, Values]:
+        parts = {name: function(examples, texts) for name, function in functions.items()}
+        totals = []
+        for i, example in enumerate(examples):
+            totals.append([])
+            for j in range(len(texts[i])):
+                of_answer = {name: part[i][j] for name, part in parts.items()}
+                totals[-1].append(add(of_answer, weights, example.where))
+        apart = isinstance(cfg.reward, dict)
+        return {"reward": totals, **({f"reward/{name}": part for name, part in parts.items()} if apart else {})}
+    return give
 
 
-def together(machine, ask: Callable, bad_rewards: str) -> list[Said]:
+def name_of(what: Callable | str, taken: Iterable[str]) -> str:
+    """A reward's name in the log: a function's own, or the end of a model's path; with a number if it is taken."""
+    if isinstance(what, str):
+        path = Path(what.removesuffix(".py"))
+        name = path.parent.name if path.name == "model" else path.name
+    else:
+        function = what.func if isinstance(what, functools.partial) else what
+        name = getattr(function, "__name__", type(function).__name__)
+    taken = {"std", "clipped", *taken}  # reward/std and reward/clipped are metrics of the sum
+    free, number = name, 2
+    while free in taken:
+        free, number = f"{name}_{number}", number + 1
+    return free
+
+
+def add(parts: dict[str, float | str | None], weights: dict[str, float], where: str) -> float | str:
+    """The weighted sum of an answer's rewards, without those that do not apply; or what went wrong."""
+    for value in parts.values():
+        if isinstance(value, str):
+            return value
+    applying = {name: value for name, value in parts.items() if value is not None}
+    if not applying:
+        return (f"{where}: no reward applies to an answer ({', '.join(parts)} returned None); "
+                f"bad_rewards = 'skip' leaves such prompts out")
+    return sum(weights[name] * value for name, value in applying.items())
+
+
+def together(machine, ask: Callable, bad_rewards: str) -> list[dict[str, Values]]:
     """All ranks' results of ask(), on every rank. A failure on one rank is raised on all: no rank waits for one that stopped.
     An answer without a reward is a failure, unless bad_rewards is "skip"."""
     try:
@@ -48,16 +89,21 @@ def together(machine, ask: Callable, bad_rewards: str) -> list[Said]:
     ranks = machine.share(mine)
     if isinstance(mine, ValueError):
         raise mine
-    for failed in [said for said in ranks if isinstance(said, ValueError)]:
-        raise failed
-    for wrong in [x for said in ranks for some in said for x in some if isinstance(x, str) and bad_rewards == "error"]:
-        raise ValueError(wrong)
+    for other in ranks:
+        if isinstance(other, ValueError):
+            raise other
+    if bad_rewards == "error":
+        for table in ranks:
+            raise_first(table)
     return ranks
 
 
-def add(parts: list[tuple]) -> float | str:
-    wrong = [said for _, said in parts if isinstance(said, str)]
-    return wrong[0] if wrong else sum(weight * said for weight, said in parts)
+def raise_first(table: dict[str, Values]):
+    """Raise an error with the first message about what went wrong, if there is one."""
+    for values in table.values():
+        for value in sum(values, []):
+            if isinstance(value, str):
+                raise ValueError(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,10 +111,10 @@ def add(parts: list[tuple]) -> float | str:
 
 
 def by_function(function: Callable, workers: int = 0, timeout: float = 60.0, what: str = "reward",
-                mend: str = "; bad_rewards = 'skip' leaves such prompts out") -> Callable:
+                mend: str = "; bad_rewards = 'skip' leaves such prompts out", optional: bool = False) -> Callable:
     """A reward from function(prompt, completion, row) -> number; or, if its first parameter is named `prompts`, lists -> list.
     workers: processes that call it, in which an answer that takes longer than timeout seconds counts as failed. what, mend: the
-    function's role and a remedy, for the message about an answer without a number."""
+    function's role and a remedy, for the message about an answer without a number. optional: None is no failure."""
     batched = next(iter(inspect.signature(function).parameters), "") == "prompts"
     name = getattr(function, "__name__", str(function))
     said = what if name == what else f"{what} {name}"
@@ -78,8 +124,14 @@ def by_function(function: Callable, workers: int = 0, timeout: float = 60.0, wha
 
     def give(examples, texts):
         results = calls([(e.row["prompt"], text, e.row) for e, mine in zip(examples, texts) for text in mine])
-        return [[number(next(results), f"{e.where}: {said}", text, mend) for text in mine]
-                for e, mine in zip(examples, texts)]
+        values = []
+        for e, mine in zip(examples, texts):
+            values.append([])
+            for text in mine:
+                result = next(results)
+                absent = optional and result is None
+                values[-1].append(None if absent else number(result, f"{e.where}: {said}", text, mend))
+        return values
     return give
 
 
@@ -88,7 +140,7 @@ def number(result, where: str, text: str, mend: str) -> float | str:
     said = result if isinstance(result, Failed) else f"returned {result!r:.80}, expected a number"
     try:
         value = math.nan if isinstance(result, str) else float(result)
-    except (TypeError, ValueError, OverflowError):
+    except Exception:  # of its own __float__
         value = math.nan
     return value if math.isfinite(value) else f"{where}: {said}; for the completion {text[:80]!r}{mend}"
 
@@ -107,13 +159,19 @@ def told(error: BaseException, frame: int = 1) -> Failed:
     return Failed("".join([f"{type(error).__name__}: {error}", *(f" ({at.filename}:{at.lineno})" for at in frames)]))
 
 
+# A function may run the policy's code, which may call exit(): any exception is that answer's failure, but for Ctrl-C.
+
+
 def one_by_one(function: Callable) -> Callable:
     def calls(asked: list[tuple]) -> Iterator:
         for given in asked:
             try:
-                yield function(*given)
-            except Exception as error:
-                yield told(error)
+                result = function(*given)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                result = told(error)
+            yield result
     return calls
 
 
@@ -123,7 +181,9 @@ def in_batch(function: Callable) -> Callable:
             found = list(function(*map(list, zip(*asked)))) if asked else []
             if len(found) != len(asked):
                 raise ValueError(f"{len(asked)} answers, but {len(found)} values returned")
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             found = [told(error)] * len(asked)
         return iter(found)
     return calls
@@ -139,15 +199,24 @@ class Workers:
         self.workers, self.timeout, self.pool = workers, timeout, None
         name = getattr(function, "__qualname__", "")  # which a partial or an object does not have
         self.place = inspect.getsourcefile(function) if name else "", name
-        if not name or runpy.run_path(self.place[0]).get(name) is None:
+        if not name or config.run_file(self.place[0]).get(name) is None:
             raise ValueError(f"reward_workers: {name or function} is not a function at the top level of "
                              f"{self.place[0] or 'a file'}, where workers find it")
+
+    def started(self):
+        """A pool of processes that never hear a terminal's Ctrl-C, which is for the run: they inherit that it is blocked."""
+        multiprocessing.resource_tracker.ensure_running()  # a process of the pool's own, whose start would unblock it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return multiprocessing.get_context("spawn").Pool(self.workers, begin, self.place)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __call__(self, asked: list[tuple]) -> Iterator:
         results = None
         for i in range(len(asked)):
             if results is None:
-                self.pool = self.pool or multiprocessing.get_context("spawn").Pool(self.workers, begin, self.place)
+                self.pool = self.pool or self.started()
                 try:
                     self.pool.apply_async(bool).get(START)  # start-up and imports do not count towards the timeout
                 except multiprocessing.TimeoutError:
@@ -170,7 +239,6 @@ class Workers:
 def begin(file: str, name: str):
     """In a worker: load the function from its own file. A worker that ends here would be started again, for ever."""
     global function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the run, which finishes its step
     try:
         function = runpy.run_path(file)[name]
     except BaseException as error:
@@ -178,12 +246,14 @@ def begin(file: str, name: str):
         function = lambda *given: said
 
 
-def call(given: tuple) -> float | str:
-    """In a worker: call the function; only a number, a text (which is no number) or a Failed crosses between processes."""
+def call(given: tuple) -> float | str | None:
+    """In a worker: call the function; a number, None, a text (which is no number) or a Failed crosses to the run."""
     try:
         value = function(*given)
-        return value if isinstance(value, Failed) else str(value) if isinstance(value, str) else float(value)
-    except Exception as error:
+        if value is None or isinstance(value, Failed):
+            return value
+        return str(value) if isinstance(value, str) else float(value)
+    except BaseException as error:  # one that ended this process would cost its answer the whole timeout
         return told(error)
 
 

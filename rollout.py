@@ -293,6 +293,7 @@ class Group(NamedTuple):
     example: int  # its index in the dataset of prompts
     answers: list[Answer]
     rewards: list[float]  # nan: it could not be had
+    parts: dict  # of a weighted sum: "reward/NAME" -> each answer's reward of that name, None where it does not apply
 
 
 class Rollout(NamedTuple):
@@ -327,9 +328,9 @@ class Rollouts:
         cfg = self.cfg = run.cfg
         self.machine, self.decoder, self.tokenizer, self.layout = run.machine, run.decoder, run.tokenizer, run.layout
         self.prompts, self.size = run.datasets["train"], cfg.rollout_prompts or cfg.batch_size
-        self.minibatches = self.size // cfg.batch_size
-        self.steps = self.minibatches * cfg.rollout_epochs  # steps per rollout
-        self.per_epoch = -(-len(self.prompts) // self.size) * self.steps
+        self.steps = self.size // cfg.batch_size * cfg.rollout_epochs  # steps on a rollout
+        self.per_epoch = -(-len(self.prompts) // cfg.batch_size) * cfg.rollout_epochs
+        self.asked = self.size  # prompts that the current rollout asks for
         self.rewards = reward.rewards(cfg, run.machine, run.tokenizer, run.folder_of)
         once = self.steps == 1 and not cfg.kl_coef  # a single update computes the old log-probs itself
         self.outputs = ["log_probs"] * (not once) + ["values"] * ("values" in run.streams)
@@ -348,13 +349,24 @@ class Rollouts:
 
     def rows(self, step: int) -> tuple[data.Dataset, np.ndarray]:
         """The dataset and the examples of a step, counted from 0. The first step of a rollout generates its answers."""
-        nth = step % self.steps
+        nth, self.asked = self.place(step)
         if nth == 0:
             self.now = self.make()
         epoch, minibatch = divmod(nth, self.minibatches)
         order = np.random.default_rng((self.cfg.seed, self.drawn, epoch)).permutation(len(self.now.groups))
         mine = np.array_split(order, self.minibatches)[minibatch]
         return self.now.dataset, np.concatenate([self.now.pieces[i] for i in mine])
+
+    def place(self, step: int) -> tuple[int, int]:
+        """Which of its rollout's steps a step is, both counted from 0, and how many prompts this rollout asks for: the
+        last one of an epoch takes those that are left, and fewer steps. (What filter_rounds draws comes on top.)"""
+        rollout, nth = divmod(step % self.per_epoch, self.steps)
+        return nth, min(self.size, len(self.prompts) - rollout * self.size)
+
+    @property
+    def minibatches(self) -> int:
+        """Steps of one pass over the current rollout's answers."""
+        return -(-self.asked // self.cfg.batch_size)
 
     def add(self, batches: list[dict]):
         """Add the rollout's columns to the micro-batches of a step."""
@@ -365,16 +377,20 @@ class Rollouts:
     def make(self) -> Rollout:
         cfg, drawn, clock, begin = self.cfg, [], Counter(), time.perf_counter()
         self.sampler = copied(self.decoder, self.sampler, self.machine.dtype)
-        for _ in range(1 + cfg.filter_rounds):
-            drawn += self.draw(range(self.drawn + len(drawn), self.drawn + len(drawn) + self.size), clock)
+        short = self.asked < self.size  # of an epoch's last prompts, none may have a reward: others then stand in
+        for i in range(1 + cfg.filter_rounds + short):
+            first, stand_in = self.drawn + len(drawn), i > cfg.filter_rounds
+            count = min(self.size, len(self.prompts)) if stand_in else self.asked
+            drawn += self.draw(range(first, first + count), clock)
             valid = [g for g in drawn if not any(map(math.isnan, g.rewards))]
-            kept = [g for g in valid if not cfg.filter_groups or max(g.rewards) > min(g.rewards)]
-            if len(kept) >= self.size:
+            varied = [g for g in valid if max(g.rewards) > min(g.rewards)]
+            kept = varied if cfg.filter_groups else valid
+            if len(kept) >= self.asked or i >= cfg.filter_rounds and len(valid) >= self.minibatches:
                 break
         if not valid:
             raise ValueError(f"none of the {len(drawn)} prompts of a rollout has rewards for all of its answers; see bad_rewards")
         rest = [g for g in valid if cfg.filter_groups and max(g.rewards) == min(g.rewards)]
-        groups = [*kept, *rest[:max(0, self.minibatches - len(kept))]][:self.size]  # a step wants at least one
+        groups = [*kept, *rest[:max(0, self.minibatches - len(kept))]][:self.asked]  # a step wants at least one
         if len(groups) < self.minibatches:
             raise ValueError(f"only {len(groups)} of {len(drawn)} prompts of a rollout have rewards for all of their answers, "
                              f"too few for its {self.minibatches} steps; see bad_rewards")
@@ -386,6 +402,11 @@ class Rollouts:
             self.warned = True
         metrics = {"reward": float(np.mean(every)), "reward/std": float(np.std(every)), "reward/clipped": clipped,
                    "rollout/skipped": len(drawn) - len(valid), "rollout/kept": len(kept) / len(valid)}
+        if cfg.samples_per_prompt > 1:
+            metrics["frac_reward_zero_std"] = (len(valid) - len(varied)) / len(valid)
+        for name in valid[0].parts:
+            applying = [x for g in valid for x in g.parts[name] if x is not None]
+            metrics |= {name: float(np.mean(applying))} if applying else {}
         self.drawn += len(drawn)
         made = self.assemble(groups)._replace(metrics=metrics)
         return self.with_columns(made, clock, begin)
@@ -406,13 +427,17 @@ class Rollouts:
                 longest=self.longest, show="answers" if machine.rank == 0 else ""))
             clock["generate"] += time.perf_counter() - begin
             return self.rewards(*answered(self.tokenizer, examples, answers))
-        said = reward.together(machine, ask, cfg.bad_rewards)
+        tables = reward.together(machine, ask, cfg.bad_rewards)
         every = machine.share(answers)
         clock["draw"] += time.perf_counter() - begin
         clock["tokens"] += sum(len(answer.ids) for ranks in every for some in ranks for answer in some)
-        number = lambda x: math.nan if isinstance(x, str) else x
-        at = [(i % machine.world, i // machine.world) for i in range(len(chosen))]
-        return [Group(example, every[rank][i], [*map(number, said[rank][i])]) for example, (rank, i) in zip(chosen, at)]
+        groups = []
+        for place, example in enumerate(chosen):
+            rank, i = place % machine.world, place // machine.world
+            parts = {name: values[i] for name, values in tables[rank].items()}
+            rewards = [math.nan if isinstance(value, str) else value for value in parts.pop("reward")]
+            groups.append(Group(example, every[rank][i], rewards, parts))
+        return groups
 
     def assemble(self, groups: list[Group]) -> Rollout:
         """Groups as examples that fit into a stream and, of several ranks, into each one's share of a step: a prompt whose answers
@@ -466,12 +491,12 @@ class Rollouts:
             metrics |= {"kl": kl[mask].mean().item(), "kl_coef": self.kl_coef}
             if cfg.kl_target:  # Ziegler et al., arXiv:1909.08593 section 2.2
                 error = min(max(metrics["kl"] / cfg.kl_target - 1, -0.2), 0.2)
-                self.kl_coef *= 1 + error * self.size * cfg.samples_per_prompt / cfg.kl_horizon
+                self.kl_coef *= 1 + error * self.asked * cfg.samples_per_prompt / cfg.kl_horizon
         return made._replace(columns=columns, metrics=metrics)
 
     def save(self, folder: Path, step: int) -> dict:
         """The state that carries over from step to step; in the middle of a rollout, the rollout is saved too."""
-        if step % self.steps:
+        if self.place(step)[0]:
             answers = [answer for g in self.now.groups for answer in g.answers]
             save_file({**self.now.columns, "example": torch.tensor([g.example for g in self.now.groups]),
                        "length": torch.tensor([len(a.ids) for a in answers]), "ended": torch.tensor([a.ended for a in answers]),
@@ -480,7 +505,8 @@ class Rollouts:
 
     def restore(self, folder: Path, step: int, state: dict):
         self.drawn, self.kl_coef = state["drawn"], state["kl_coef"] if self.cfg.kl_target else self.kl_coef
-        if step % self.steps:
+        nth, self.asked = self.place(step)
+        if nth:
             if not (folder / "rollout.safetensors").is_file():
                 raise ValueError(f"{folder}: no rollout.safetensors, and step {step} is inside a rollout of {self.steps} steps; "
                                  f"batch_size, rollout_prompts or rollout_epochs were different when it was saved: set them back")
@@ -491,7 +517,8 @@ class Rollouts:
                                  f"samples_per_prompt; resume with the same number")
             answers = [Answer(ids.tolist(), [], bool(ended))
                        for ids, ended in zip(saved.pop("ids").split(lengths), saved.pop("ended"))]
-            groups = [Group(example, answers[i * n:(i + 1) * n], []) for i, example in enumerate(saved.pop("example").tolist())]
+            groups = [Group(example, answers[i * n:(i + 1) * n], [], {})
+                      for i, example in enumerate(saved.pop("example").tolist())]
             self.now = self.assemble(groups)._replace(metrics=state["metrics"], columns={
                 name: column.to(self.machine.device) for name, column in saved.items()})
 

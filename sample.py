@@ -178,8 +178,10 @@ def judged(options, policy: reward.Scorer, scorer, check, cfg) -> list[dict]:
     for line, rewards in zip(said, judge(trees, texts) if judge else ()):
         line["rewards"] = rewards
     give = reward.by_function(check, what="check", mend="") if check else None
-    for line, right in zip(said, reward.together(policy.machine, lambda: give(trees, texts), "error")[0] if give else ()):
-        line["right"] = [*map(bool, right)]
+    if give:
+        (checked,) = reward.together(policy.machine, lambda: {"right": give(trees, texts)}, "error")
+        for line, right in zip(said, checked["right"]):
+            line["right"] = [*map(bool, right)]
     return said
 
 

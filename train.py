@@ -100,6 +100,9 @@ def train(cfg):
     scaler = torch.amp.GradScaler(machine.device, enabled=machine.dtype == torch.float16)
     skipped = torch.zeros(2, device=machine.device)  # non-finite steps: in total, and the current streak
     steps = data.steps(cfg, supply.per_epoch)
+    if cfg.critic_warmup >= steps:
+        raise ValueError(f"critic_warmup = {cfg.critic_warmup}, and the run has {steps} steps: the policy would never "
+                         f"be trained; lower critic_warmup, or raise max_steps or epochs")
     state = checkpoint.State(decoder, optimizer, scaler, running, skipped, supply)
     checkpoint.hold(out, machine)
     checkpoint.check_free(out, cfg, machine)  # again, now locked: another run may have come and gone
@@ -176,8 +179,10 @@ def train(cfg):
     record = lambda line: None
     if machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        record = report.recorder(out, cfg.track, config.as_json(cfg))
+        if not cfg.resume:
+            checkpoint.start_anew(out)
         checkpoint.write_json(out / "run.json", {**described, "finished": False})
+        record = report.recorder(out, cfg.track, config.as_json(cfg))
     evals, lines = report.written(out) if done and machine.rank == 0 else ([], [])
     first = next((line for line in evals if line["step"] == 0), {}) if done else unless_lost(0, evaluated)
     last = evals[-1] if evals and evals[-1]["step"] == done else first
@@ -277,7 +282,7 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
     apart = {"values"} if cfg.critic else set()  # outputs of a model other than the policy
     decoder, saved_dtype = model.load_model(cfg, machine, start_from, tokenizer, sorted({*outputs} - apart))
     if cfg.critic:
-        tokenizer.same_ids(data.Tokenizer(model.find_folder(folder_of(cfg.critic))))
+        tokenizer.same_ids(data.Tokenizer(model.find_folder(folder_of(cfg.critic))), cfg.resize_embeddings)
         decoder.critic = model.load_model(cfg, machine, folder_of(cfg.critic), tokenizer, ["reward"])[0]
 
     datasets = {split: data.load(paths, kind, tokenizer, cfg, machine.rank == 0)
@@ -286,8 +291,12 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
     for split, dataset in datasets.items():
         say(f"{split} rows: {data.counted(dataset.counts)}")
     prompts = data.load(cfg.eval_prompts, "prompts", tokenizer, cfg, False) if cfg.eval_prompts else prompts
+    beyond = ""  # rotary positions that the model was not made for: it may do badly there
     for dataset in filter(None, [*datasets.values(), prompts]):
         model.check_lengths(decoder, dataset, cfg.max_new_tokens)
+        beyond = beyond or model.too_long(decoder.shape, dataset, cfg.max_new_tokens)
+    if beyond:
+        say(f"warning: {beyond}")
     for dataset in datasets.values() if cfg.critic else ():
         model.check_lengths(decoder.critic, dataset, cfg.max_new_tokens)
     answers = (cfg.samples_per_prompt, cfg.max_new_tokens) if kind == "prompts" else ()  # that rollouts will add to each prompt
@@ -423,7 +432,7 @@ def evaluate(run: Run, sources: list[Callable], rewards: Callable | None, out: P
 
 
 def judge(run: Run, rewards: Callable | None) -> dict[str, float]:
-    """Greedy answers to prompts: the share that passes cfg.check, and their mean reward."""
+    """Greedy answers to prompts: the share that passes cfg.check, and their mean reward, also of each part of a sum."""
     cfg, machine, found = run.cfg, run.machine, {}
     mine, answers = run.prompts.examples[machine.rank::machine.world], []
 
@@ -431,18 +440,19 @@ def judge(run: Run, rewards: Callable | None) -> dict[str, float]:
         with machine.autocast():
             answers.extend(rollout.answers_to([e.prompt.tolist() for e in mine], run.decoder, run.tokenizer, cfg,
                                               show="answers" if machine.rank == 0 else ""))
-        return []
+        return {}
     reward.together(machine, ask, "error")  # if the model has diverged, every rank raises
-    (trees, texts), judges = rollout.answered(run.tokenizer, mine, answers), {}
+    trees, texts = rollout.answered(run.tokenizer, mine, answers)
+    columns = {}
     if cfg.check:
-        judges["exact_match"] = reward.by_function(cfg.check, what="check", mend=""), "error"
+        check = reward.by_function(cfg.check, what="check", mend="")
+        columns |= reward.together(machine, lambda: {"exact_match": check(trees, texts)}, "error")[machine.rank]
     if rewards:
-        judges["reward"] = rewards, cfg.bad_rewards
-    for name, (give, bad) in judges.items():
-        said = reward.together(machine, functools.partial(give, trees, texts), bad)[machine.rank]
-        found[name] = [value for (value,) in said if not isinstance(value, str)]
+        columns |= reward.together(machine, lambda: rewards(trees, texts), cfg.bad_rewards)[machine.rank]
+    for name, values in columns.items():
+        found[name] = [value for (value,) in values if isinstance(value, float)]
     counts = torch.tensor([[sum(x), len(x)] for x in found.values()], dtype=torch.float64, device=machine.device)
-    return {name: total / max(count, 1) for name, (total, count) in zip(found, machine.sum(counts).tolist())}
+    return {name: total / count for name, (total, count) in zip(found, machine.sum(counts).tolist()) if count}
 
 
 def samples(run: Run) -> list[tuple[str, str]]:

@@ -124,10 +124,15 @@ class Tokenizer:
                 return [joined.ids[i] for i in kept], [(b - 1, e - 1) for b, e in (joined.offsets[i] for i in kept)]
         return encoded.ids, encoded.offsets
 
-    def same_ids(self, other: "Tokenizer"):
-        """An error unless every token of this one has the same id in the other (which may have more)."""
+    def same_ids(self, other: "Tokenizer", resized: bool = False):
+        """An error unless every token of this one has the same id in the other (which may have more). resized: the other
+        may lack a token whose id is behind all of its own; its model gets a new row for it."""
         ours, theirs = self.fast.get_vocab(), other.fast.get_vocab()
-        for token in [token for token in ours if theirs.get(token) != ours[token]][:1]:
+        last = max(theirs.values()) if resized else math.inf
+        for token in ours:
+            new = token not in theirs and ours[token] > last
+            if theirs.get(token) == ours[token] or new:
+                continue
             raise ValueError(f"{other.folder}: token {token!r} has id {theirs.get(token)} there and {ours[token]} in "
                              f"{self.folder}; models that are used together need the same ids")
 

@@ -1,11 +1,14 @@
-"""What the tests share: the repo on the path, real models where they are, tiny ones made here."""
+"""What the tests share: the repo on the path, real models where they are, tiny ones and their tokenizers made here."""
 import gc
+import json
 import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests side by side have a core each
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -71,6 +74,52 @@ def old_objects():
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+WORDS = ("Once upon a time there was a little girl named Lily. She was so happy and she liked to play outside in the park with her "
+         "mom. One day, Tom said yes and no to the big sky: it is blue, it is red, be brief. Add the numbers and answer the question. "
+         "system user assistant You are a helpful AI assistant named SmolLM, trained by Hugging Face ") * 3
+CHAT_TEMPLATE = (  # as SmolLM2's: ChatML, with a system's message of its own where there is none
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, "
+    "trained by Hugging Face<|im_end|>\\n' }}{% endif %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+
+
+def tokenizer_folder(folder: Path, fast: tokenizers.Tokenizer, **described) -> Path:
+    fast.save(str(folder / "tokenizer.json"))
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **described}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat(tmp_path_factory) -> Path:
+    """The folder of a small tokenizer for chats, in the manner of SmolLM2-Instruct: BPE on bytes, digits one by one, no BOS."""
+    fast = tokenizers.Tokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    fast.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    fast.train_from_iterator([WORDS], trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return tokenizer_folder(tmp_path_factory.mktemp("chat"), fast, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>",
+                            unk_token="<|endoftext|>", additional_special_tokens=["<|im_start|>", "<|im_end|>"], chat_template=CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def pieces(tmp_path_factory) -> Path:
+    """The folder of a small tokenizer in the manner of SentencePiece: a space is a part of the word after it, one stands before the
+    text, other characters are bytes; BOS is added."""
+    fast = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    fast.train_from_iterator(WORDS.split(" "), trainers.BpeTrainer(
+        vocab_size=512, special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))], show_progress=False))
+    described = json.loads(fast.to_str())
+    described["added_tokens"] = [token for token in described["added_tokens"] if not token["content"].startswith("<0x")]
+    fast = tokenizers.Tokenizer.from_str(json.dumps(described))
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    fast.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return tokenizer_folder(tmp_path_factory.mktemp("pieces"), fast, bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=True,
+                            add_eos_token=False)
 
 
 @pytest.fixture(scope="session")

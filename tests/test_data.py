@@ -198,14 +198,14 @@ def test_formats(kind, row, prompt, responses):
 
 @each_format
 @pytest.mark.parametrize("mode", ["joint", "apart"])
-def test_formats_as_ids(kind, row, prompt, responses, mode, smollm2, tmp_path):
+def test_formats_as_ids(kind, row, prompt, responses, mode, chat, tmp_path):
     """The ids say what the row says, and the scored ones are the assistant's words, each turn with its end."""
     def chatml(messages):
         own = S("You are a helpful AI assistant named SmolLM, trained by Hugging Face")
         messages = messages if messages[0]["role"] == "system" else [own, *messages]
         return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
 
-    tokenizer = data.Tokenizer(smollm2)
+    tokenizer = data.Tokenizer(chat)
     example, _ = one(tmp_path, row, tokenizer, kind, train=False, tokenize=mode)
     asked = prompt or "<|im_start|>" if isinstance(prompt, str) else chatml(prompt) + "<|im_start|>assistant\n"
     assert text_of(tokenizer, example.prompt) == asked
@@ -222,8 +222,8 @@ def test_formats_as_ids(kind, row, prompt, responses, mode, smollm2, tmp_path):
          "### Instruction:\nAdd.\n\n### Response:\n"),
     ("1 2", "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
             "that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")])
-def test_alpaca_without_a_template(given, prompt, stories, tmp_path):
-    row, tokenizer = {"instruction": "Add.", "input": given, "output": "3"}, data.Tokenizer(stories)
+def test_alpaca_without_a_template(given, prompt, pieces, tmp_path):
+    row, tokenizer = {"instruction": "Add.", "input": given, "output": "3"}, data.Tokenizer(pieces)
     assert formats.sft_row(row, "all", False) == data.Draft(prompt, ["3"], [True])
     example, _ = one(tmp_path, row, tokenizer)
     assert text_of(tokenizer, [*example.prompt, *example.responses[0]]) == "<s> " + prompt + "3</s>"
@@ -334,16 +334,16 @@ def test_rows_stay_with_their_examples(tmp_path):
 
 @pytest.mark.parametrize("train_on, trained", [("", ["a<|im_end|>", "b<|im_end|>"]), ("all", ["a<|im_end|>", "b<|im_end|>"]),
                                                ("last", ["b<|im_end|>"])])
-def test_train_on(train_on, trained, smollm2, tmp_path):
+def test_train_on(train_on, trained, chat, tmp_path):
     """The user's <|im_end|>, which is EOS and pad as well, is not trained; nor is what only the prompt holds."""
-    tokenizer, row = data.Tokenizer(smollm2), {"messages": [U("q"), A("a"), U("r"), A("b"), U("s")]}
+    tokenizer, row = data.Tokenizer(chat), {"messages": [U("q"), A("a"), U("r"), A("b"), U("s")]}
     example, _ = one(tmp_path, row, tokenizer, train_on=train_on)
     assert runs(tokenizer, example.responses[0], example.scored[0]) == trained
     assert (example.responses[0][~example.scored[0]] == tokenizer.eos).sum() == len(trained) - 1
 
 
-def test_text_with_eos_in_the_prompt(smollm2, tmp_path):
-    tokenizer = data.Tokenizer(smollm2)
+def test_text_with_eos_in_the_prompt(chat, tmp_path):
+    tokenizer = data.Tokenizer(chat)
     row = {"prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "completion": "a <|im_end|> b"}
     example, _ = one(tmp_path, row, tokenizer)
     assert text_of(tokenizer, example.prompt) == row["prompt"] and example.scored[0].all()
@@ -382,12 +382,12 @@ def test_real_chats_are_what_transformers_renders(file, mode, real, smollm2, tmp
     "{{ messages | tojson(ensure_ascii=True, sort_keys=True, separators=(',', ':')) }}",
     "{% if tools is not none %}{{ 'tools' }}{% endif %}{{ messages[0]['content'] }}"])
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
-def test_templates_render_as_in_transformers(source, add_generation_prompt, stories, tmp_path):
+def test_templates_render_as_in_transformers(source, add_generation_prompt, pieces, tmp_path):
     transformers = pytest.importorskip("transformers")
     messages = [U("é < 'a'"), A("yo")]
-    expected = transformers.AutoTokenizer.from_pretrained(stories).apply_chat_template(
+    expected = transformers.AutoTokenizer.from_pretrained(pieces).apply_chat_template(
         messages, chat_template=source, tokenize=False, add_generation_prompt=add_generation_prompt)
-    assert with_template(tmp_path, stories, source).render(messages, add_generation_prompt) == expected
+    assert with_template(tmp_path, pieces, source).render(messages, add_generation_prompt) == expected
 
 
 CALLING = (  # a template that knows of functions
@@ -403,14 +403,14 @@ def called(arguments, **more):
 
 
 @pytest.mark.parametrize("as_text", [False, True])
-def test_calls_of_functions_are_trained(as_text, smollm2, tmp_path):
+def test_calls_of_functions_are_trained(as_text, chat, tmp_path):
     """What an assistant thinks and calls is the template's to write, with arguments as an object and as JSON text, and `tools`
     in both forms as well; what the function said is not trained."""
     arguments, tools = {"a": 2, "b": "é"}, [ADD]
     if as_text:
         arguments, tools = json.dumps(arguments), json.dumps(tools)
     messages = [U("2+2?"), called(arguments, reasoning="hm"), {"role": "tool", "tool_call_id": "1", "content": "4"}, A("It is 4.")]
-    tokenizer = with_template(tmp_path, smollm2, CALLING)
+    tokenizer = with_template(tmp_path, chat, CALLING)
     example, _ = one(tmp_path, {"messages": messages, "tools": tools}, tokenizer)
     assert text_of(tokenizer, example.prompt) == f"<tools>{json.dumps(ADD, ensure_ascii=False)}</tools><user>2+2?<|im_end|><assistant>"
     assert runs(tokenizer, example.responses[0], example.scored[0]) == ['(hm)add{"a": 2, "b": "é"}<|im_end|>', "It is 4.<|im_end|>"]
@@ -434,8 +434,8 @@ CUTS = "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] 
     (FORGETS, called({}), "the chat template leaves out the tool_calls of a turn that is trained"),
     (PLAIN, {**A("yo"), "reasoning_content": "hm"}, "the chat template leaves out the reasoning_content of a turn that is trained"),
     (CUTS, A("<think>hm</think>yo"), "the chat template leaves out the content of a turn that is trained")])
-def test_what_a_trained_turn_says_is_not_lost(source, m, said, smollm2, tmp_path):
-    tokenizer = with_template(tmp_path, smollm2, source)
+def test_what_a_trained_turn_says_is_not_lost(source, m, said, chat, tmp_path):
+    tokenizer = with_template(tmp_path, chat, source)
     with pytest.raises(ValueError, match=f"row.jsonl:1: {said}.*; set chat_template"):
         one(tmp_path, {"messages": [U("1"), m]}, tokenizer)
     if m.get("content"):  # before it, it may be
@@ -460,8 +460,8 @@ def test_functions_that_are_none(tools, tmp_path):
 @pytest.mark.parametrize("tools", [ADD, json.dumps(ADD), [ADD], json.dumps([ADD]), [json.dumps(ADD)]])
 @pytest.mark.parametrize("m", [{"tool_calls": [{"name": "add"}]}, {"tool_calls": {"name": "add", "arguments": ""}},
                                {"function_call": {"name": "add", "arguments": "{}"}}, {"tool_calls": [{"function": {"name": "add"}, "id": "1"}]}])
-def test_forms_of_functions_and_calls(tools, m, smollm2, tmp_path):
-    tokenizer = with_template(tmp_path, smollm2, CALLING)
+def test_forms_of_functions_and_calls(tools, m, chat, tmp_path):
+    tokenizer = with_template(tmp_path, chat, CALLING)
     example, _ = one(tmp_path, {"messages": [U("1"), {"role": "assistant", **m}], "tools": tools}, tokenizer)
     assert text_of(tokenizer, example.prompt).startswith(f"<tools>{json.dumps(ADD, ensure_ascii=False)}</tools>")
     assert text_of(tokenizer, example.responses[0]) == "add{}<|im_end|>"
@@ -525,28 +525,28 @@ def test_where_a_template_comes_from(tmp_path):
 
 @pytest.mark.parametrize("trimmed", [False, True])
 @pytest.mark.parametrize("answer, trained", [("5", ["5", "5<|im_end|>"]), ("yes", ["yes", " yes<|im_end|>"])])
-def test_a_header_that_ends_in_a_space(answer, trained, trimmed, smollm2, tmp_path):
+def test_a_header_that_ends_in_a_space(answer, trained, trimmed, chat, tmp_path):
     """The space is trained only where it is one token with the answer, whether or not offsets count it (Llama 3: not)."""
-    vocabulary = json.loads((smollm2 / "tokenizer.json").read_text())
+    vocabulary = json.loads((chat / "tokenizer.json").read_text())
     if trimmed:
         vocabulary["post_processor"] = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     (tmp_path / "tokenizer.json").write_text(json.dumps(vocabulary))
-    shutil.copy(smollm2 / "tokenizer_config.json", tmp_path)
+    shutil.copy(chat / "tokenizer_config.json", tmp_path)
     tokenizer = with_template(tmp_path, tmp_path, PLAIN)
     example, _ = one(tmp_path, {"messages": [U("x"), A(answer)] * 2}, tokenizer)
     assert runs(tokenizer, example.responses[0], example.scored[0]) == trained
 
 
-def test_a_header_that_ends_in_a_space_sentencepiece(stories, tmp_path):
-    tokenizer = with_template(tmp_path, stories, PLAIN)
+def test_a_header_that_ends_in_a_space_sentencepiece(pieces, tmp_path):
+    tokenizer = with_template(tmp_path, pieces, PLAIN)
     example, _ = one(tmp_path, {"messages": [U("x"), A("yes")] * 2}, tokenizer)
-    assert tokens_of(tokenizer, example.responses[0][example.scored[0]]) == ["y", "es", "▁y", "es", "</s>"]
+    assert tokens_of(tokenizer, example.responses[0][example.scored[0]]) == ["yes", "▁yes", "</s>"]
 
 
 @pytest.mark.parametrize("mode", ["joint", "apart"])
 @pytest.mark.parametrize("messages", [[U("hi"), A("yo")], [A("yo"), U("hi"), A("yo")]])
-def test_a_template_without_generation_prompt(messages, mode, smollm2, tmp_path):
-    tokenizer = with_template(tmp_path, smollm2, LLAMA2)
+def test_a_template_without_generation_prompt(messages, mode, chat, tmp_path):
+    tokenizer = with_template(tmp_path, chat, LLAMA2)
     example, _ = one(tmp_path, {"messages": messages}, tokenizer, tokenize=mode)
     assert runs(tokenizer, example.responses[0], example.scored[0]) == [" yo<|im_end|>"] * (len(messages) - 1 or 1)
     first = [] if messages[0] == A("yo") else example.prompt  # else it is BOS, for want of a prompt
@@ -574,16 +574,16 @@ def test_a_template_that_rewrites_earlier_turns(tmp_path):
 @pytest.mark.parametrize("row", [
     {"prompt": "Once upon", "completion": " a time"}, {"prompt": "<s>Once upon", "completion": " a time"},
     {"prompt": "", "completion": "Once"}, {"text": "Once upon a time"}, {"messages": [U("hi"), A("yo")]}])
-def test_bos_once_and_first(row, mode, stories, tmp_path):
-    tokenizer = with_template(tmp_path, stories, "{{ bos_token }}" + PLAIN)
+def test_bos_once_and_first(row, mode, pieces, tmp_path):
+    tokenizer = with_template(tmp_path, pieces, "{{ bos_token }}" + PLAIN)
     example, _ = one(tmp_path, row, tokenizer, tokenize=mode)
     ids = [*example.prompt, *example.responses[0]]
     assert ids[0] == tokenizer.bos and ids.count(tokenizer.bos) == 1
 
 
-def test_a_template_without_bos_has_none(stories, tmp_path):
+def test_a_template_without_bos_has_none(pieces, tmp_path):
     """Nothing is put before what a template writes, as in transformers."""
-    tokenizer, messages = with_template(tmp_path, stories, PLAIN), [U("hi"), A("yo")]
+    tokenizer, messages = with_template(tmp_path, pieces, PLAIN), [U("hi"), A("yo")]
     example, _ = one(tmp_path, {"messages": messages}, tokenizer)
     assert example.prompt.tolist() == tokenizer.fast.encode("user: hi\nassistant: ", add_special_tokens=False).ids
 
@@ -618,17 +618,17 @@ def test_a_tokenizer_without_its_eos_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("completion, tokens", [
-    (" a time", ["▁a", "▁time", "</s>"]), ("time", ["t", "ime", "</s>"]), ("\nTom", ["<0x0A>", "T", "om", "</s>"]),
+    (" a time", ["▁a", "▁time", "</s>"]), ("time", ["time", "</s>"]), ("\nTom", ["<0x0A>", "To", "m", "</s>"]),
     ("", ["</s>"])])
-def test_no_dummy_prefix_inside_a_row(completion, tokens, stories, tmp_path):
-    tokenizer = data.Tokenizer(stories)
+def test_no_dummy_prefix_inside_a_row(completion, tokens, pieces, tmp_path):
+    tokenizer = data.Tokenizer(pieces)
     example, _ = one(tmp_path, {"prompt": "Once", "completion": completion}, tokenizer, tokenize="apart")
     assert tokens_of(tokenizer, example.prompt) == ["<s>", "▁Once"] and tokens_of(tokenizer, example.responses[0]) == tokens
 
 
-def test_ids_apart_say_what_the_text_says(stories):
+def test_ids_apart_say_what_the_text_says(pieces):
     hypothesis = pytest.importorskip("hypothesis")
-    tokenizer = data.Tokenizer(stories)
+    tokenizer = data.Tokenizer(pieces)
 
     @hypothesis.given(hypothesis.strategies.text("ab é\n😀.", max_size=12))
     def decodes(text):
@@ -640,16 +640,16 @@ def test_ids_apart_say_what_the_text_says(stories):
 
 
 @pytest.mark.parametrize("mode", ["joint", "apart"])
-def test_whole_texts_are_the_tokenizers_own_ids(mode, stories, tmp_path):
+def test_whole_texts_are_the_tokenizers_own_ids(mode, pieces, tmp_path):
     """There is nothing before them that they continue: SentencePiece's dummy prefix belongs there."""
-    tokenizer, text = data.Tokenizer(stories), "Once upon a time"
+    tokenizer, text = data.Tokenizer(pieces), "Once upon a time"
     example, _ = one(tmp_path, {"text": text}, tokenizer, tokenize=mode)
     assert [*example.prompt, *example.responses[0]] == [*tokenizer.fast.encode(text).ids, tokenizer.eos]
 
 
-def test_joint_ids_are_the_tokenizers_own_where_they_can_be(stories, tmp_path):
+def test_joint_ids_are_the_tokenizers_own_where_they_can_be(pieces, tmp_path):
     """Every row whose joint ids begin with the prompt's, and the others are counted."""
-    tokenizer, plain = data.Tokenizer(stories), lambda text: data.Tokenizer(stories).fast.encode(text).ids
+    tokenizer, plain = data.Tokenizer(pieces), lambda text: data.Tokenizer(pieces).fast.encode(text).ids
     rows = [{"prompt": prompt, "completion": completion}
             for prompt in ("Once upon", "Once upon ", "Lily was", "a\n") for completion in (" a time", "time", "\n", "s")]
     dataset = load(write(tmp_path / "rows.jsonl", rows), tokenizer)
@@ -972,7 +972,7 @@ def test_padding_of_a_large_step_is_below_1_percent(prompt, response):
     rng = np.random.default_rng(0)
     length = lambda mean: max(4, int(mean * rng.lognormal(-0.18, 0.6)))
     dataset = as_dataset([tree([1] * length(prompt), *[[[1] * length(response) for _ in "ab"]] * 2) for _ in range(1024)])
-    shape = layout(data.stream_length([dataset], 256, 0), static=True)
+    shape = layout(data.stream_length([dataset], 256, 0, device="cuda"), static=True)
     for step in range(4):
         batches, counts = data.micro_batches(dataset, data.step_rows(dataset, step, 256, 0), shape)
         assert counts["stream_tokens"] > 0.99 * sum(len(batch["tokens"]) for batch in batches)

@@ -662,3 +662,84 @@ def test_an_eval_whose_reward_fails_loses_nothing(tmp_path, recorded):
     assert (tmp_path / "run" / "checkpoint-0").is_dir()
     train.train(config.load([*given, "--bad_rewards=skip", "--resume"]))
     assert [line["step"] for line in lines(tmp_path / "run", "eval")] == [0, 2] and lines(tmp_path / "run", "eval")[0]["reward"] > 0
+
+
+# Epochs
+
+
+def few(tmp_path, count: int, **more) -> dict:
+    """Options of a run on the first so many prompts."""
+    path = tmp_path / f"{count}.jsonl"
+    path.write_text("".join(open(ROWS["prompts"]).readlines()[:count]))
+    return dict(train_data=path, max_steps=0, **more)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_an_epoch_is_one_pass_over_few_prompts(epochs, tmp_path, recorded):
+    """Three prompts and steps of 64: a rollout of three, and not of each prompt 21 times."""
+    out = start(tmp_path, **few(tmp_path, 3, batch_size=64, epochs=epochs))
+    assert [sorted(g.example for g in made.groups) for made in recorded] == [[0, 1, 2]] * epochs
+    assert len(lines(out)) == epochs
+
+
+def test_the_last_rollout_of_an_epoch_takes_what_is_left(tmp_path, recorded, monkeypatch):
+    """Seven prompts in rollouts of four, two of them a step, each answer twice: 4 steps and then 4 on three prompts, none
+    without a group; every pass has every prompt once, and its own answers."""
+    stepped, rows = [], rollout.Rollouts.rows
+
+    def noted(self, step):
+        dataset, members = rows(self, step)
+        stepped.append({dataset.examples[i].where for i in members})
+        return dataset, members
+    monkeypatch.setattr(rollout.Rollouts, "rows", noted)
+    start(tmp_path, **few(tmp_path, 7, batch_size=2, rollout_prompts=4, rollout_epochs=2, epochs=2))
+    assert [len(made.groups) for made in recorded] == [4, 3, 4, 3]
+    assert [len(step) for step in stepped] == [2, 2, 2, 2, 2, 1, 2, 1] * 2
+    first, second = (sorted(g.example for made in recorded[i:i + 2] for g in made.groups) for i in (0, 2))
+    assert first == second == [*range(7)]
+    ids = [{g.example: [a.ids for a in g.answers] for made in recorded[i:i + 2] for g in made.groups} for i in (0, 2)]
+    assert all(ids[0][i] != ids[1][i] for i in range(7))
+
+
+@pytest.mark.parametrize("saved", [5, 6, 9])
+def test_resume_around_a_short_rollout_is_bitwise(saved, tmp_path, recorded):
+    """In its first pass, in its second, and in the next epoch."""
+    more = few(tmp_path, 7, batch_size=2, rollout_prompts=4, rollout_epochs=2, dtype="float32", save_dtype="float32",
+               lr=2e-2, save_every=1, keep_checkpoints=99)
+    whole = start(tmp_path, out="whole", **{**more, "max_steps": 12})
+    start(tmp_path, out="parts", **{**more, "max_steps": saved})
+    train.train(config.load([*options(tmp_path, "ppo", "parts", **{**more, "max_steps": 12}), "--resume"]))
+    one, other = weights(whole / "model"), weights(tmp_path / "parts" / "model")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_ranks_do_not_matter_to_a_short_rollout(tmp_path, recorded):
+    more = few(tmp_path, 3, batch_size=2, rollout_prompts=8, epochs=2)
+    start(tmp_path, out="one", **more)
+    run(options(tmp_path, "ppo", "two", **more), ranks=2)
+    assert len(lines(tmp_path / "one")) == 4
+    assert_close(weights(tmp_path / "two" / "model"), weights(tmp_path / "one" / "model"), 1e-9)
+
+
+def test_other_prompts_stand_in_where_an_epoch_ends_without_a_reward(tmp_path, recorded):
+    """Of five prompts, the one that is left for the second rollout has no reward: left out, it does not end the run."""
+    start(tmp_path, out="plain", **few(tmp_path, 5, batch_size=4))
+    (left,) = recorded[1].groups
+    answer = json.loads(open(ROWS["prompts"]).readlines()[left.example])["answer"]
+    (tmp_path / "odd.py").write_text(f"def reward(prompt, completion, row):\n"
+                                     f"    return None if row['answer'] == {answer!r} else 1.0 * len(completion)\n")
+    given = [f"--config={tmp_path / 'odd.py'}" if word.startswith("--config") else word
+             for word in options(tmp_path, "ppo", bad_rewards="skip", **few(tmp_path, 5, batch_size=4))]
+    train.train(config.load(given))
+    assert lines(tmp_path / "run")[0]["rollout/skipped"] == 0 < lines(tmp_path / "run")[1]["rollout/skipped"]
+    assert [len(made.groups) for made in recorded[2:]] == [4, 1] and recorded[3].groups[0].example != left.example
+
+
+def test_further_draws_come_on_top_of_epochs(tmp_path, recorded):
+    """filter_rounds goes on through the prompts; the number of steps stays that of epochs."""
+    (tmp_path / "same.py").write_text("def reward(prompt, completion, row):\n    return 1.0\n")
+    given = [f"--config={tmp_path / 'same.py'}" if word.startswith("--config") else word
+             for word in options(tmp_path, filter_groups=True, filter_rounds=2, **few(tmp_path, 3, batch_size=2), name="ppo")]
+    train.train(config.load(given))
+    assert [len(made.groups) for made in recorded] == [1, 1] and len(lines(tmp_path / "run")) == 2
+    assert [line["frac_reward_zero_std"] for line in lines(tmp_path / "run")] == [1.0, 1.0]
