@@ -26,7 +26,7 @@ import torch
 from losses import OBJECTIVES
 from model import Noting
 from parts.formats import (  # noqa: F401: used from here, too
-    FORMATS, TRAIN_ON, Draft, Step, as_conversation, as_messages, is_transcript, objects, with_system)
+    FORMATS, MESSAGE_KEYS, TRAIN_ON, Draft, Step, as_conversation, as_messages, is_transcript, objects, with_system)
 from parts.rows import files_of, read_rows  # noqa: F401
 from parts.tokens import (  # noqa: F401
     LARGE, Example, Tokenizer, check_characters, cut, render, renderings, tokenize, truncate, with_responses)
@@ -131,6 +131,7 @@ class Notes:
 
     def __init__(self):
         self.columns, self.read = set(), set()  # columns that the rows have, and those that were read
+        self.message_keys = set()  # keys of messages that are not read
         self.system = False  # whether one of them is the system's
         self.texts = self.transcripts = 0  # prompts that are text although there is a chat template; of them, HH transcripts
         self.without_pair = ""  # file:line of the first row whose responses are equal or tied
@@ -152,7 +153,8 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
     def flush():
         for example in tokenize(drafts, tokenizer, cfg.tokenize, counts, cfg.step_token):
             example = truncate(example, tokenizer.bos, cfg.max_length, longest_prompt, cfg.truncation, counts)
-            if train and example is not None and (kind == "preference" or example.chosen and example.rejected):
+            compared = kind not in ("prm", "steps") and example is not None and len(example.responses) > 1
+            if train and compared:
                 where, example = example.where, distinct(example)
                 if example is None:
                     counts["identical"] += 1
@@ -218,6 +220,10 @@ def understood(row: bytes | object, kind: str, tokenizer: Tokenizer, cfg, notes:
             tools = objects(noting["tools"], "tools")
     notes.columns |= noting.keys()
     notes.read |= noting.read
+    for value in map(noting.get, noting.read):
+        for m in value if isinstance(value, list) else [value]:
+            if isinstance(m, dict) and ("role" in m or "from" in m) and (more := m.keys() - MESSAGE_KEYS):
+                notes.message_keys |= {key for key in more if m[key] is not None}
 
     rendered = renderings(draft, tokenizer, train_on, tools, options)
     for _, prompt, responses in rendered:
@@ -245,6 +251,8 @@ def report_notes(notes: Notes, kind: str, named: str, counts: Counter, cfg):
         unread &= {"tools"}
     if unread:
         print(f"{named}: columns that are not read: {', '.join(sorted(unread))}", file=sys.stderr)
+    if notes.message_keys:
+        print(f"{named}: keys of messages that are not read: {', '.join(sorted(notes.message_keys))}", file=sys.stderr)
     if notes.texts:
         print(f"{named}: {notes.texts:,} prompts are text and stay so, although the model has a chat template: what is trained is "
               f"not what a chat sends; --as_chat makes them the user's messages", file=sys.stderr)

@@ -1,8 +1,13 @@
-"""Row -> Draft: the common form of all row formats, as text or as messages. A new format is one branch of a function in `FORMATS`."""
+"""Row -> Draft: the common form of all row formats, as text or as messages. A new format is one branch of a function in `FORMATS`; a
+data set whose columns have other names is a line of `DATA_SETS`."""
+import ast
+import copy
+import functools
 import itertools
 import json
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 
@@ -15,6 +20,7 @@ class Draft(NamedTuple):
     rejected: list = []  # desirable responses, and rejected the undesirable ones
     margin: list = []  # one per pair
     turn: int = 0  # of a conversation that is split into its assistant turns: which one it is, from 1
+    spans: list = []  # text responses that are trained in part: for each, [(begin, end)] in characters; None: all of it
 
 
 def text_field(row: dict, key: str) -> str:
@@ -23,13 +29,18 @@ def text_field(row: dict, key: str) -> str:
     return row[key]
 
 
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system", "tool": "tool",
-         "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "function_call": "assistant", "observation": "tool"}
-
-
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user",
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function", "ipython", "environment", "tool_response"), "tool"),
+}
+CALLERS = ("function_call", "tool_call")  # roles whose content is a function call
 REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of an assistant's reasoning before its content
-CALLS = ("tool_calls", "function_call")  # keys of its function calls: a list, or a single one
-FLAGS = ("train", "loss", "weight", "loss_weight")  # keys that exclude a turn from training if false or 0; it stays as context
+CALLS = ("tool_calls", "function_call", "function_calls")  # keys of its function calls: a list, or a single one
+FLAGS = ("train", "loss", "weight", "loss_weight", "loss_mask", "mask")  # keys that exclude a turn from training if false or 0; it
+# stays as context
+MESSAGE_KEYS = {"role", "from", "content", "value", "name", "tool_call_id", *REASONING, *CALLS, *FLAGS}  # keys that are read
 
 
 def from_json(value, key: str):
@@ -49,11 +60,26 @@ def objects(value, key: str) -> list[dict]:
     return found
 
 
+def python_calls(text: str) -> list[dict]:
+    """Function calls as Python writes them, such as f(a=1), one a line or in a list. Empty if the text is something else."""
+    try:
+        nodes = [statement.value for statement in ast.parse(text.strip()).body]
+        nodes = nodes[0].elts if len(nodes) == 1 and isinstance(nodes[0], ast.List) else nodes
+        if any(node.args for node in nodes):
+            return []
+        return [{"name": ast.unparse(node.func), "arguments": {k.arg: ast.literal_eval(k.value) for k in node.keywords}}
+                for node in nodes]
+    except (SyntaxError, ValueError, AttributeError):
+        return []
+
+
 def called(m: dict, key: str) -> list[dict]:
     """A message's function calls, each as {type, function: {name, arguments}}. Chat templates expect arguments as an object;
-    OpenAI has them as JSON text, and ShareGPT has the whole call as JSON text."""
-    calls = []
-    for call in objects(m[key], key):
+    OpenAI has them as JSON text, ShareGPT has the whole call as JSON text, and others write Python."""
+    value, calls = m[key], []
+    if isinstance(value, str):
+        value = python_calls(value) or value
+    for call in objects(value, key):
         function, outer = objects(call.get("function") or call, key)[0], call if "function" in call else {}
         arguments = from_json(function.get("arguments"), "arguments") or {}
         if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
@@ -72,31 +98,66 @@ def extras(m: dict) -> dict:
     return more
 
 
+def decoded(value):
+    """Messages that are written as text, as JSON or as Python prints them, become messages; any other value stays as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            messages = read(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if are_messages(messages if isinstance(messages, list) else [messages]):
+            return messages
+    return value
+
+
+MAY_BE_EMPTY = ("rejected", "responses")  # columns of answers that are compared: one that says nothing can lose
+
+
+def are_messages(values: list) -> bool:
+    """Whether these are objects with a role that is known and something said."""
+    for m in values:
+        role = m.get("role", m.get("from")) if isinstance(m, dict) else None
+        if not isinstance(role, str) or role.lower() not in ROLES or not {"content", "value", *CALLS} & m.keys():
+            return False
+    return bool(values)
+
+
 def messages_field(row: dict, key: str) -> list[dict]:
     """Messages with OpenAI's or ShareGPT's keys, and the other fields that a chat template may use; content given as text parts
-    is joined; a single message counts as a list of one."""
-    value = [row[key]] if isinstance(row[key], dict) else row[key]
+    is joined; a single message counts as a list of one; a list of texts is a conversation that the user begins."""
+    value = decoded(row[key])
+    value = [value] if isinstance(value, dict) else value
+    if key in CONVERSATIONS and isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+        value = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(value)]
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
         raise ValueError(f"{key!r} should be text or a list of messages, found {str(row[key])[:60]!r}")
-    messages = []
-    for m in value:
-        role, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
-        role = role.lower() if isinstance(role, str) else role
-        if role == "function_call":
-            m, content = {**m, "function_call": content}, None
-        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type", "text") == "text" for part in content):
-            content = "".join(part.get("text") or part.get("value") or "" for part in content)
-        more = extras(m) | {"trained": False for flag in FLAGS if m.get(flag) in (False, 0)}
-        said = isinstance(content, str) or content is None and "tool_calls" in more
-        if not isinstance(role, str) or role not in ROLES or not said:
-            raise ValueError(f"{key!r} should hold messages with role (one of {', '.join(ROLES)}) and content, "
-                             f"found {str(m)[:80]!r}")
-        messages.append({"role": ROLES[role], "content": content, **more})
-    return messages
+    return [message_of(m, key) for m in value]
+
+
+def message_of(m: dict, key: str) -> dict:
+    """A message as {role, content} and the other fields that are read."""
+    role, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
+    role = role.lower() if isinstance(role, str) else role
+    if role in CALLERS:
+        m, content = {**m, "function_call": content}, None
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type", "text") == "text" for part in content):
+        content = "".join(part.get("text") or part.get("value") or "" for part in content)
+    more = extras(m) | {"trained": False for flag in FLAGS if m.get(flag) in (False, 0)}
+    says = "tool_calls" in more or "reasoning_content" in more
+    if not isinstance(role, str) or role not in ROLES or not (isinstance(content, str) or content is None and says):
+        raise ValueError(f"{key!r} should hold messages with role (one of {', '.join(ROLES)}) and content, "
+                         f"found {str(m)[:80]!r}")
+    if ROLES[role] == "assistant" and not (says or content.strip()) and key not in MAY_BE_EMPTY and more.get("trained", True):
+        raise ValueError(f"{key!r} holds a message in which the assistant says nothing, found {str(m)[:80]!r}; give it content or "
+                         f"tool_calls, or leave it out")
+    return {"role": ROLES[role], "content": content if content is not None or "tool_calls" in more else "", **more}
 
 
 def text_or_messages(row: dict, key: str) -> str | list[dict]:
-    return row[key] if isinstance(row[key], str) else messages_field(row, key)
+    value = decoded(row[key])
+    return value if isinstance(value, str) else messages_field({key: value}, key)
 
 
 def as_messages(role: str, said: str | list) -> list[dict]:
@@ -154,7 +215,7 @@ def prompt_of(row: dict, chat: bool, keys: tuple = PROMPTS) -> str | list | None
     key = first_of(keys, row)
     if key == "instruction":
         return instruction_of(row, chat)
-    if key in QUESTIONS and not isinstance(row[key], list):
+    if key in QUESTIONS and not isinstance(decoded(row[key]), list):
         context = row.get("context")
         asked = "\n".join([text_field(row, key), *([context] if isinstance(context, str) and context else [])])
         return as_messages("user", asked) if chat else asked + "\n"
@@ -174,12 +235,151 @@ def instruction_of(row: dict, chat: bool) -> str | list:
                          f"### Input:\n{given}\n\n" * bool(given))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
+
+
+def with_columns(row: dict, columns: dict) -> dict:
+    """The row with other columns besides. What is read of it counts as read of the row."""
+    row = copy.copy(row)
+    row.update(columns)
+    return row
+
+
+def meaning(row: dict, key: str, meanings: dict) -> float:
+    """What a column's value means."""
+    value = row[key]
+    if isinstance(value, (dict, list)) or value not in meanings:
+        raise ValueError(f"{key!r} should be one of {', '.join(map(repr, meanings))}, found {str(value)[:60]!r}")
+    return meanings[value]
+
+
+def number(row: dict, key: str) -> float:
+    value = row[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e38:  # nor NaN
+        raise ValueError(f"{key!r} should be a number, found {str(value)[:60]!r}")
+    return float(value)
+
+
+def two(row: dict, first: str, second: str, preference: float) -> dict:
+    """Two responses. preference: positive where the first is better, negative where the second is, 0 for a tie."""
+    return {"responses": [row[first], row[second]], "scores": [preference, 0.0]}
+
+
+def by_side(row: dict, side: str) -> dict:
+    """PKU-SafeRLHF: the column `side` has the index of the better response."""
+    return two(row, "response_0", "response_1", meaning(row, side, {0: 1, 1: -1}))
+
+
+def helpsteer2(row: dict) -> dict:
+    """A prompt of several turns has <extra_id_1> and a speaker's name between them."""
+    question, *turns = re.split(r"\n*<extra_id_1>(User|Assistant)\n", text_field(row, "prompt"))
+    messages = as_messages("user", question) if question else []
+    for speaker, words in zip(turns[::2], turns[1::2]):
+        messages += as_messages(speaker.lower(), words)
+    asked = {"prompt": messages} if turns else {"prompt": "", "question": question}
+    return asked | two(row, "response_1", "response_2", -number(row, "preference_strength"))
+
+
+def graded(row: dict, key: str, text: str, grade: str) -> dict:
+    """A list of objects that have a text and a grade each."""
+    answers = objects(row[key], key)
+    if not all(text in answer and grade in answer for answer in answers):
+        raise ValueError(f"{key!r} should be a list of objects with {text!r} and {grade!r}, found {str(row[key])[:60]!r}")
+    grades = [answer[grade] for answer in answers]
+    return {"responses": [answer[text] for answer in answers], "rank" if grade == "rank" else "scores": grades}
+
+
+def nectar(row: dict) -> dict:
+    """A prompt that ends in "Assistant: ", and ranked answers, whose first space that is."""
+    if not isinstance(row["answers"], list) or not all(isinstance(a, dict) and "rank" in a for a in row["answers"]):
+        return {}
+    ranking, prompt = graded(row, "answers", "answer", "rank"), text_field(row, "prompt")
+    bare = prompt.rstrip(" ")
+    return {"prompt": bare, **ranking, "responses": [prompt[len(bare):] + answer for answer in ranking["responses"]]}
+
+
+def glaive(row: dict) -> dict:
+    """Conversations as text: USER:, ASSISTANT: and FUNCTION RESPONSE: begin a turn, and <|endoftext|> ends the assistant's. Calls of
+    functions stay text, as the system's description of them is."""
+    first, *turns = re.split(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):", text_field(row, "chat"))
+    if first.strip() or not turns:
+        raise ValueError(f"'chat' should be turns that begin with USER: or ASSISTANT:, found {row['chat'][:60]!r}")
+    roles = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
+    said = [words.strip().removesuffix("<|endoftext|>").strip() for words in turns[1::2]]
+    messages = [{"role": roles[speaker], "content": words} for speaker, words in zip(turns[::2], said)]
+    return {"messages": messages, "system": text_field(row, "system").strip().removeprefix("SYSTEM:").strip()}
+
+
+def after_context(row: dict) -> dict:
+    """Messages that come before the prompt, or are the prompt."""
+    context, prompt = row["context_messages"] and messages_field(row, "context_messages"), prompt_of(row, True, ("prompt",))
+    return {"prompt": (context or []) + as_messages("user", prompt)} if prompt else {"prompt": context}
+
+
+DATA_SETS = {  # name -> columns that tell it, and a function: row -> the same in columns that are read below
+    "PKU-SafeRLHF": (("response_0", "response_1", "better_response_id"), lambda row: by_side(row, "better_response_id")),
+    "PKU-SafeRLHF, safety alone": (("response_0", "response_1", "safer_response_id"), lambda row: by_side(row, "safer_response_id")),
+    "HelpSteer2-preference": (("prompt", "response_1", "response_2", "preference_strength"), helpsteer2),
+    "HelpSteer3": (("context", "response1", "response2", "overall_preference"), lambda row: {
+        "prompt": row["context"], **two(row, "response1", "response2", -number(row, "overall_preference"))}),
+    "UltraFeedback": (("instruction", "completions"), lambda row: graded(row, "completions", "response", "overall_score")),
+    "Nectar": (("prompt", "answers"), nectar),
+    "UltraInteract_pair": (("trajectory", "chosen", "rejected"), lambda row: {"prompt": row["trajectory"]}),
+    "SHP": (("history", "human_ref_A", "human_ref_B", "labels"), lambda row: {
+        "question": row["history"], **two(row, "human_ref_A", "human_ref_B", meaning(row, "labels", {1: 1, 0: -1}))}),
+    "stack-exchange-paired": (("question", "response_j", "response_k"), lambda row: two(row, "response_j", "response_k", 1)),
+    "lmarena": (("conversation_a", "conversation_b", "winner"), lambda row: two(
+        row, "conversation_a", "conversation_b", meaning(row, "winner", WINNERS))),
+    "xlam-function-calling": (("query", "answers", "tools"), lambda row: {"messages": [
+        {"role": "user", "content": row["query"]}, {"role": "assistant", "tool_calls": row["answers"]}]}),
+    "glaive-function-calling": (("system", "chat"), glaive),
+    "context_messages": (("context_messages",), after_context),
+}
+WINNERS = {"model_a": 1, "model_b": -1, "tie": 0, "tie (bothbad)": 0, "both_bad": 0}
+
+
+@functools.lru_cache(maxsize=256)
+def data_set(columns: tuple) -> Callable | None:
+    """The function of the data set that has these columns."""
+    return next((convert for needed, convert in DATA_SETS.values() if set(needed) <= set(columns)), None)
+
+
+def as_known(row: dict) -> dict:
+    """The row of a data set in columns that are known; any other row as it is."""
+    convert = data_set(tuple(row))
+    return with_columns(row, convert(row)) if convert else row
+
+
+def is_comparison(row: dict) -> bool:
+    """Whether the row compares responses: it is none of a prompt with one answer, and no conversation."""
+    return "chosen" in row or "responses" in row and not first_of(("text", *CONVERSATIONS, *ANSWERS), row)
+
+
+def kind_of(row: dict) -> str:
+    """The kind of rows that this one is if nothing else says so: "preference" where responses are compared, otherwise "sft"."""
+    return "preference" if is_comparison(as_known(row)) else "sft"
+
+
+def unknown(row: dict, expected: str, *columns: str) -> str:
+    """What to say of a row in no known format. columns: those that it could be converted to."""
+    texts = [key for key, value in row.items() if isinstance(value, str)]
+    given = ", ".join(f"{column}=r[{key[:20]!r}]" for column, key in zip(columns, [*texts, *columns]))
+    keys = str(list(row))
+    return (f"found keys {keys if len(keys) < 200 else keys[:200] + '...'}; expected {expected}. To convert, with the right names: "
+            f'python -c "import json, sys; [print(json.dumps(dict({given}))) for r in map(json.loads, sys.stdin)]" < OLD > NEW')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Demonstrations
+
+
 def sft_row(row: dict, train_on: str, chat: bool) -> Draft:
     """{prompt, completion}, {messages}, alpaca {instruction, input, output}, ShareGPT {conversations}, other questions with
-    answers, {text}, or the chosen side of a preference row."""
-    if "chosen" in row:
-        draft = preference_row(row, train_on, chat)
-        return Draft(draft.prompt, draft.responses[:1], [True])
+    answers, {text}, or the best side of a preference row."""
+    row = as_known(row)
+    if is_comparison(row):
+        return best_side(preference_row(row, train_on, chat))
     if "prompt" in row and "completion" in row:
         keys, answer = ("prompt",), "completion"
     elif conversation := first_of(CONVERSATIONS, row):
@@ -194,21 +394,46 @@ def sft_row(row: dict, train_on: str, chat: bool) -> Draft:
         keys, answer = (*QUESTIONS[:-1], "prompt", QUESTIONS[-1]), first_of(ANSWERS, row)
     prompt = prompt_of(row, chat, keys)
     if prompt is None or not answer:
-        raise ValueError(f"found keys {list(row)}; expected messages, conversations, text, or prompt and completion (or one of "
-                         f"{', '.join(QUESTIONS)} and one of {', '.join(ANSWERS[1:])})")
+        raise ValueError(unknown(row, f"messages, conversations, text, or prompt and completion (or one of "
+                                      f"{', '.join(QUESTIONS)} and one of {', '.join(ANSWERS[1:])})", "prompt", "completion"))
+    prompt, (response,) = without_prompt(prompt, [text_or_messages(row, answer)])
     prompt = with_system(row, prompt, chat)
-    return Draft(prompt, [as_response(prompt, text_or_messages(row, answer))], [True])
+    return last_turns(Draft(prompt, [as_response(prompt, response)], [True]))
+
+
+def best_side(draft: Draft) -> Draft:
+    """Of compared responses, the best. Where all are tied, none is: all stay, and nothing to imitate."""
+    if not draft.chosen:
+        return draft
+    best = draft.chosen[0]
+    return Draft(draft.prompt, [draft.responses[best]], [True], spans=draft.spans[best:best + 1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preferences
+
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # what begins the turns of a transcript in the form of HH
+
+
+def is_transcript(text: str) -> bool:
+    """Whether it is a conversation in the form of HH: turns of Human and Assistant."""
+    return HUMAN in text and ASSISTANT in text
 
 
 def shared_prompt(chosen: str | list, rejected: str | list) -> int:
     """Length of the prompt that two whole texts or conversations begin with: up to the last common '\\n\\nAssistant:'
-    of an HH transcript, else the common words; for messages, the number in common, not counting either's last message."""
+    of an HH transcript, else the common words; for messages, the number in common, not counting either's last message. Where they
+    part at a turn that is not the assistant's, up to the assistant's before it; 0 if there is none."""
     common = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     if isinstance(chosen, list):
-        return min(common, len(chosen) - 1, len(rejected) - 1)
-    mark = "\n\nAssistant:"
-    if chosen.startswith("\n\nHuman:") and mark in chosen[:common]:
-        return chosen.rfind(mark, 0, common) + len(mark)
+        common = min(common, len(chosen) - 1, len(rejected) - 1)
+        while common and not chosen[common]["role"] == rejected[common]["role"] == "assistant":
+            common -= 1
+        return common
+    if chosen.startswith(HUMAN) and rejected.startswith(HUMAN):
+        mark = chosen.rfind(ASSISTANT, 0, common)
+        return mark + len(ASSISTANT) if mark >= 0 else 0
     return max(chosen.rfind(" ", 0, common), chosen.rfind("\n", 0, common) + 1)  # a space belongs to the word after it
 
 
@@ -222,37 +447,115 @@ def like_a_prompt(value, length: int) -> bool:
 def is_whole(response: str | list) -> bool:
     """Whether the response includes its prompt: a whole conversation, or an HH transcript."""
     if isinstance(response, str):
-        return response.startswith("\n\nHuman:")
+        return response.startswith(HUMAN)
     return bool(response) and response[0]["role"] in ("system", "user")
 
 
+def without_prompt(prompt: str | list | None, responses: list) -> tuple:
+    """(prompt, responses without it where they repeat it): messages one by one; text where all responses begin with it, not counting
+    the whitespace at its end, and one goes on. That it is no chance, as in "Hi" and "Hi!", takes a prompt of three words, or
+    one that ends in : or =, and no word that begins in the prompt and ends in a response."""
+    if isinstance(prompt, list):
+        return prompt, [r[len(prompt):] if r[:len(prompt)] == prompt else r for r in responses]
+    if not prompt or not all(isinstance(r, str) and r.startswith(prompt.rstrip()) for r in responses):
+        return prompt, responses
+    head = prompt if all(r.startswith(prompt) for r in responses) else prompt.rstrip()
+    rests = [r[len(head):] for r in responses]
+    to_complete = len(head.split()) > 2 or head.rstrip().endswith((":", "="))
+    inside_word = head[-1:].isalnum() and any(rest[:1].isalnum() for rest in rests)
+    return (head, rests) if to_complete and any(rests) and not inside_word else (prompt, responses)
+
+
+def last_turns(draft: Draft) -> Draft:
+    """If responses to an HH transcript go on with further turns, the last Assistant's turn of each is trained, as of messages. (Only
+    that, whatever train_on is: nothing but EOS could end an earlier one.)"""
+    if not isinstance(draft.prompt, str) or not is_transcript(draft.prompt) or not any(HUMAN in r for r in draft.responses):
+        return draft
+    responses, spans = [], []
+    for text in draft.responses:
+        begin = text.rfind(ASSISTANT)
+        end = text.find(HUMAN, max(begin, 0))
+        text = text[:end] if end >= 0 else text
+        responses.append(text)
+        spans.append(None if begin < 0 else [(begin + len(ASSISTANT), len(text))])
+    return draft._replace(responses=responses, spans=spans)
+
+
+def with_beginning(row: dict, prompt: str | list, chat: bool) -> str | list:
+    """The prompt with the beginning of the answer behind it, which every response continues: Step-DPO's initial_reason_steps."""
+    if "initial_reason_steps" not in row:
+        return prompt
+    beginning = text_field(row, "initial_reason_steps")
+    if isinstance(prompt, str) and not chat:
+        return f"{prompt}\n{beginning}"
+    return as_messages("user", prompt) + (as_messages("assistant", beginning) if beginning else [])
+
+
+SCORES, RANKS = ("scores", "ratings", "rewards"), ("rank", "ranks")  # columns beside responses: more is better, or less
+
+
+def scores_of(row: dict, count: int) -> list[float]:
+    """A score for each of the responses; without a column of scores or ranks, they are ranked best first."""
+    key = first_of((*SCORES, *RANKS), row)
+    if key is None:
+        return [float(-i) for i in range(count)]
+    if not isinstance(row[key], list) or len(row[key]) != count:
+        raise ValueError(f"{key!r} should be a list of {count} numbers, one for each of the responses, found {str(row[key])[:60]!r}")
+    scores = [number({key: float(value) if isinstance(value, bool) else value}, key) for value in row[key]]
+    return [-score for score in scores] if key in RANKS else scores
+
+
 def ranked_row(row: dict, chat: bool) -> Draft:
-    """{prompt, responses}: ranked best first; every two responses make a pair."""
-    prompt, ranked = prompt_of(row, chat), row["responses"]
-    if prompt is None or not isinstance(ranked, list) or len(ranked) < 2:
-        raise ValueError(f"'responses' should be a list of at least two, best first, with a prompt; found {str(ranked)[:60]!r}")
-    prompt = with_system(row, prompt, chat)
-    ranked = [as_response(prompt, text_or_messages({"responses": r}, "responses")) for r in ranked]
-    better, worse = zip(*itertools.combinations(range(len(ranked)), 2))
-    return Draft(prompt, ranked, [True] + [False] * (len(ranked) - 1), [*better], [*worse], [0.0] * len(better))
+    """{prompt, responses} with scores (or ratings, rewards; rank, where 1 is best), or else ranked best first; or responses that are
+    whole conversations which begin with the same prompt. Every two of different scores make a pair, ties make none. The
+    responses stay in the row's order."""
+    prompt, responses = prompt_of(row, chat), row["responses"]
+    if not isinstance(responses, list) or len(responses) < 2:
+        raise ValueError(f"'responses' should be a list of at least two, best first or with scores, found {str(responses)[:60]!r}")
+    responses = [text_or_messages({"responses": r}, "responses") for r in responses]
+    scores = scores_of(row, len(responses))
+    if prompt is None and all(isinstance(r, list) for r in responses):
+        length = min(shared_prompt(responses[0], r) for r in responses[1:])
+        if not length:
+            raise ValueError(parted(responses, "responses"))
+        prompt = responses[0][:length]
+    if prompt is None:
+        raise ValueError(unknown(row, "a prompt beside responses", "prompt", "responses"))
+    prompt, responses = without_prompt(prompt, responses)
+    prompt = with_beginning(row, with_system(row, prompt, chat), chat)
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    pairs = [(a, b) for a, b in itertools.combinations(order, 2) if scores[a] > scores[b]]
+    best = [score == max(scores) if pairs else False for score in scores]
+    return last_turns(Draft(prompt, [as_response(prompt, r) for r in responses], best, [a for a, _ in pairs], [b for _, b in pairs],
+                            [0.0] * len(pairs)))
+
+
+def parted(conversations: list, what: str) -> str:
+    """What to say of conversations whose prompts differ."""
+    first, other = next(((a, b) for c in conversations[1:] for a, b in zip(conversations[0], c) if a != b), ("", ""))
+    return (f"{what} begin differently, before the assistant says anything: {str(first)[:60]!r} and {str(other)[:60]!r}; "
+            f"responses that are compared need the same prompt")
 
 
 def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
     """{prompt, chosen, rejected} as text or messages, or with a question; {chosen, rejected} as whole texts or conversations that
     share a prompt, HH transcripts included; ShareGPT {conversations, chosen, rejected}; each with a margin or without. Or a
-    ranking."""
+    ranking: {prompt, responses}, and chosen and rejected that are lists of texts (RewardBench 2)."""
+    row = as_known(row)
     missing = [key for key in ("chosen", "rejected") if key not in row]
     if missing and "responses" in row:
         return ranked_row(row, chat)
     if missing:
-        raise ValueError(f"found keys {list(row)}; expected chosen and rejected, and prompt or conversations beside them "
-                         f"unless both begin with the prompt")
+        raise ValueError(unknown(row, "chosen and rejected, and prompt or conversations beside them unless both begin with the "
+                                      "prompt", "prompt", "chosen", "rejected"))
+    if any(isinstance(row[side], list) and row[side] and isinstance(row[side][0], str) for side in ("chosen", "rejected")):
+        good, bad = ([row[side]] if isinstance(row[side], str) else row[side] for side in ("chosen", "rejected"))
+        return ranked_row(with_columns(row, {"responses": good + bad, "scores": [1.0] * len(good) + [0.0] * len(bad)}), chat)
     chosen, rejected = text_or_messages(row, "chosen"), text_or_messages(row, "rejected")
     prompt = prompt_of(row, chat)
     if prompt is not None and isinstance(chosen, list):
         prompt = as_messages("user", prompt)
-    if isinstance(prompt, list):
-        chosen, rejected = (r[len(prompt):] if r[:len(prompt)] == prompt else r for r in (chosen, rejected))
+    prompt, (chosen, rejected) = without_prompt(prompt, [chosen, rejected])
     goes_on = isinstance(prompt, list) and prompt[-1]["role"] != "user"
     whole = [is_whole(r) for r in (chosen, rejected)]
     if prompt is None or any(whole) and not goes_on:
@@ -265,6 +568,8 @@ def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
         if not length and others:
             raise ValueError(f"'chosen' and 'rejected' begin differently and no column is known as the prompt; found keys "
                              f"{list(row)}; rename that column to 'prompt', which may be empty")
+        if not length and any(whole):
+            raise ValueError(parted([chosen, rejected], "'chosen' and 'rejected'"))
         aside = [k for k, v in others.items() if like_a_prompt(v, length)] if own is None and not any(whole) else ()
         if aside:
             raise ValueError(f"'chosen' and 'rejected' share their first {length} characters (or messages), but {aside[0]!r} "
@@ -272,24 +577,36 @@ def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
         if isinstance(own, list) and own[-length:] == prompt:  # they repeat the end of it
             prompt = own
-    prompt = with_system(row, prompt, chat)
-    margin = row.get("margin") or 0.0
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) < 1e38:  # nor NaN
-        raise ValueError(f"'margin' should be a number, found {str(margin)[:60]!r}")
-    return Draft(prompt, [as_response(prompt, chosen), as_response(prompt, rejected)], [True, False], [0], [1], [float(margin)])
+    prompt = with_beginning(row, with_system(row, prompt, chat), chat)
+    margin = number(row, "margin") if row.get("margin") else 0.0
+    return last_turns(Draft(prompt, [as_response(prompt, chosen), as_response(prompt, rejected)], [True, False], [0], [1], [margin]))
 
 
 def kto_row(row: dict, train_on: str, chat: bool) -> Draft:
-    """{prompt, completion, label}, {messages, label} (anything that sft takes, with a label: true is desirable); or a
-    preference row, which gives one desirable and one undesirable response."""
+    """{prompt, completion, label}, {messages, label} (anything that sft takes, with a label: true is desirable); or a preference row,
+    which gives a desirable and an undesirable response: of a ranking, the best and the worst."""
     if "label" not in row:
-        if "chosen" in row:
-            return preference_row(row, train_on, chat)._replace(margin=[])
-        raise ValueError(f"found keys {list(row)}; expected label beside prompt and completion or messages, or a preference row")
+        row = as_known(row)
+        if is_comparison(row):
+            return best_and_worst(preference_row(row, train_on, chat))
+        raise ValueError(unknown(row, "label beside prompt and completion or messages, or a preference row", "prompt",
+                                 "completion", "label"))
     if not isinstance(row["label"], bool) and row["label"] not in (0, 1):
         raise ValueError(f"'label' should be true or false, found {str(row['label'])[:60]!r}")
     draft, good = sft_row(row, train_on, chat), bool(row["label"])
     return draft._replace(demonstrated=[good], chosen=[0] * good, rejected=[0] * (not good))
+
+
+def best_and_worst(draft: Draft) -> Draft:
+    if not draft.chosen:  # all are tied
+        return draft
+    ends = draft.chosen[0], draft.rejected[-1]
+    return draft._replace(responses=[draft.responses[i] for i in ends], demonstrated=[True, False], chosen=[0], rejected=[1],
+                          margin=[], spans=[draft.spans[i] for i in ends] if draft.spans else [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
 
 
 class Step(NamedTuple):
@@ -356,25 +673,35 @@ def rated_steps(steps: list[dict]) -> list[list[Step]]:
     return [path, *branches] if path else branches
 
 
+def steps_before(row: dict, wrong: str, none: int | None) -> list[Step]:
+    """The row's steps: good before the first wrong one, bad there, unlabelled after it. wrong: the column with its index; none: what
+    it holds if no step is wrong."""
+    texts, first = row["steps"], row[wrong]
+    if first == none:
+        return as_steps(texts, [1.0] * len(texts))
+    if type(first) is not int or not 0 <= first < len(texts):
+        otherwise = "null" if none is None else none
+        raise ValueError(f"{wrong!r} should be {otherwise} or an index from 0 into the {len(texts)} steps, found {first!r:.40}")
+    return as_steps(texts, [1.0] * first + [0.0] + [None] * (len(texts) - first - 1))
+
+
 def prm_row(row: dict, train_on: str, chat: bool) -> Draft:
-    """{prompt, completions: [...], labels: [...]}; tagged text {input, label} or {input, value} (Math-Shepherd); PRM800K;
-    BIG-Bench Mistake {input, steps, mistake_index}: good up to the mistake, bad there, unlabelled after it."""
+    """{prompt, completions: [...], labels: [...]}; tagged text {input, label} or {input, value} (Math-Shepherd); PRM800K; and steps up
+    to the first wrong one: BIG-Bench Mistake {input, steps, mistake_index}, ProcessBench {problem, steps, label}."""
     if "completions" in row and "prompt" in row:
         prompt, responses = text_field(row, "prompt"), [as_steps(row["completions"], row.get("labels"))]
     elif "steps" in row and "mistake_index" in row:
-        texts, wrong = row["steps"], row["mistake_index"]
-        if wrong is not None and (type(wrong) is not int or not 0 <= wrong < len(texts)):
-            raise ValueError(f"'mistake_index' should be null or an index from 0 into the {len(texts)} steps, found {wrong!r:.40}")
-        labels = [1.0] * len(texts) if wrong is None else [1.0] * wrong + [0.0] + [None] * (len(texts) - wrong - 1)
-        prompt, responses = text_field(row, "input") + "\n", [as_steps(texts, labels)]
+        prompt, responses = text_field(row, "input") + "\n", [steps_before(row, "mistake_index", None)]
+    elif "problem" in row and "steps" in row and "label" in row:
+        prompt, responses = text_field(row, "problem") + "\n", [steps_before(row, "label", -1)]
     elif "input" in row and ("label" in row or "value" in row):
         prompt, steps = tagged_steps(text_field(row, "input"), row.get("label", row.get("value")))
         responses = [steps]
     elif isinstance(row.get("question"), dict) and isinstance(row.get("label"), dict):
         prompt, responses = text_field(row["question"], "problem") + "\n", rated_steps(row["label"]["steps"])
     else:
-        raise ValueError(f"found keys {list(row)}; expected prompt, completions and labels; input and label or value; "
-                         f"input, steps and mistake_index; or PRM800K's question and label")
+        raise ValueError(unknown(row, "prompt, completions and labels; input and label or value; input, steps and mistake_index; "
+                                      "problem, steps and label; or PRM800K's question and label", "prompt", "completions", "labels"))
     return Draft(prompt, responses, [False] * len(responses))
 
 
@@ -389,21 +716,17 @@ def steps_row(row: dict, train_on: str, chat: bool) -> Draft:
 
 def prompt_row(row: dict, train_on: str, chat: bool) -> Draft:
     """{prompt} as text or messages, or a question under another name. Other columns are kept for the reward or check."""
+    row = as_known(row) if not first_of(PROMPTS, row) or "context_messages" in row else row
     beside = chat and any(isinstance(row.get(key), list) for key in CONVERSATIONS)  # messages that contain the prompt
     said = "prompt" in row and not (beside and isinstance(row["prompt"], str))
     prompt = prompt_of(row, chat, ("prompt", *QUESTIONS, *CONVERSATIONS) if said else (*CONVERSATIONS, *QUESTIONS))
     if prompt is None:
-        raise ValueError(f"found keys {list(row)}; expected prompt, messages, {', '.join(QUESTIONS[:-1])} or {QUESTIONS[-1]}")
+        raise ValueError(unknown(row, f"prompt, messages, {', '.join(QUESTIONS[:-1])} or {QUESTIONS[-1]}", "prompt"))
     if isinstance(prompt, list) and not (said and row["prompt"]) and prompt[-1]["role"] == "assistant":
         prompt = split_messages(prompt, "last")[0]
     if prompt == []:
         raise ValueError("no message before the assistant's, so there is no prompt")
     return Draft(with_system(row, prompt, chat), [], [])
-
-
-def is_transcript(text: str) -> bool:
-    """Whether it is a conversation in the form of HH: turns of Human and Assistant."""
-    return "\n\nHuman:" in text and "\n\nAssistant:" in text
 
 
 def as_conversation(draft: Draft) -> Draft:
@@ -412,14 +735,22 @@ def as_conversation(draft: Draft) -> Draft:
     if not isinstance(draft.prompt, str) or not draft.prompt.strip() or not all(isinstance(r, str) for r in draft.responses):
         return draft
     if is_transcript(draft.prompt):
-        first, *turns = re.split(r"\n\n(Human|Assistant):", draft.prompt)
-        messages = as_messages("system", first.strip()) if first.strip() else []
-        for speaker, words in zip(turns[::2], turns[1::2]):
-            messages += as_messages("user" if speaker == "Human" else "assistant", words.strip())
-        messages = messages[:-1] if messages[-1]["content"] == "" else messages
+        prompt = turns_of(draft.prompt)
+        prompt = prompt[:-1] if prompt[-1]["content"] == "" else prompt
+        responses = [turns_of(ASSISTANT + r) for r in draft.responses]
     else:
-        messages = as_messages("user", draft.prompt.strip())
-    return draft._replace(prompt=messages, responses=[as_messages("assistant", r.strip()) for r in draft.responses])
+        prompt = as_messages("user", draft.prompt.strip())
+        responses = [as_messages("assistant", r.strip()) for r in draft.responses]
+    return draft._replace(prompt=prompt, responses=responses, spans=[])
+
+
+def turns_of(transcript: str) -> list[dict]:
+    """An HH transcript's turns as messages; what stands before them is the system's."""
+    first, *turns = re.split(r"\n\n(Human|Assistant):", transcript)
+    messages = as_messages("system", first.strip()) if first.strip() else []
+    for speaker, words in zip(turns[::2], turns[1::2]):
+        messages += as_messages("user" if speaker == "Human" else "assistant", words.strip())
+    return messages
 
 
 FORMATS = {"sft": sft_row, "preference": preference_row, "kto": kto_row, "prm": prm_row, "steps": steps_row, "prompts": prompt_row}

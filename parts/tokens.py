@@ -227,7 +227,9 @@ def render(draft: Draft, tokenizer: Tokenizer, train_on: str, tools: list | None
     the beginning of the assistant's turn."""
     if isinstance(draft.prompt, str):
         bare = lambda r: r.rstrip() if r.rstrip().endswith(tokenizer.eos_token) else r  # whitespace after EOS is dropped
-        return draft.prompt, [(bare(r), None) if isinstance(r, str) else ("".join(s.text for s in r), r) for r in draft.responses]
+        spans = draft.spans or [None] * len(draft.responses)
+        return draft.prompt, [(bare(r), trained) if isinstance(r, str) else ("".join(s.text for s in r), r)
+                              for r, trained in zip(draft.responses, spans)]
     template = functools.partial(tokenizer.render, tools=tools, options=options)
     history, prefill = draft.prompt, ""
     if continues:

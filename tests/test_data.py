@@ -1081,7 +1081,7 @@ def test_rows_as_other_people_write_them(kind, row, prompt, responses):
 @pytest.mark.parametrize("kind, row, message", [
     ("sft", {"text": "Can you?", "role": "prompter", "parent_id": None}, "'text' beside 'role' looks like only one part"), ("sft", {"text": "Write it.", "code": "def f"}, "beside 'code'"),
     ("preference", {"user": "What is the capital?", "chosen": "The capital.", "rejected": "The city."}, r"share their first 3 characters \(or messages\), but 'user' looks like the prompt"),
-    ("preference", {"trajectory": [{"from": "user", "value": "q"}], "chosen": "Step 1: a", "rejected": "Step 1: b"}, "'trajectory' looks like the prompt")])
+    ("preference", {"history": [{"from": "user", "value": "q"}], "chosen": "Step 1: a", "rejected": "Step 1: b"}, "'history' looks like the prompt")])
 def test_rows_that_would_lose_a_part_are_refused(kind, row, message):
     with pytest.raises(ValueError, match=message):
         data.FORMATS[kind](row, data.TRAIN_ON[kind], True)
