@@ -171,5 +171,5 @@ def test_long_texts_are_shown_in_lines(pieces, tmp_path, monkeypatch, capsys):
     words = " ".join(f"word{i}" for i in range(400))
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": words, "completion": words}) + "\n")
     said = shown(capsys, tmp_path / "rows.jsonl", "--objective=sft", f"--tokenizer={pieces}", "--max_length=4096", f"--cache_dir={tmp_path}")
-    lines = [line for line in said.splitlines() if str(tmp_path) not in line and str(pieces) not in line]
+    lines = [line.rstrip() for line in said.splitlines() if str(tmp_path) not in line and str(pieces) not in line]
     assert max(map(len, lines)) <= 80 and "more tokens" in said
