@@ -141,7 +141,7 @@ def main(arguments: list[str]):
     imitated = "demonstration_mask" in reads
     marks = lambda e: with_rewards(e, imitated) if rewarded else e
     print(f"{kind} rows for {'+'.join(cfg.weights)}, tokens of {tokenizer.folder}:")
-    print(data.counted(counts) + "\n")
+    print("\n".join([data.counted(counts), *data.sources_said(dataset)]) + "\n")
     shown = examples[:options.rows]
     if counts["truncated"] and not any(e.truncated for e in shown):
         shown += itertools.islice((e for e in examples if e.truncated), 1)

@@ -272,3 +272,92 @@ def test_a_hub_name_without_a_network(tmp_path):
     assert said[3].startswith("own/none: not a local file, and cannot be downloaded from the hub: ") and len(said) == 7
     assert said[4] == "own/none:train: no such file; a split of a hub data set is named org/name:config/split"
     assert said[5:] == ["out/none: no such file", "own/none.jsonl: no such file"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several files with weights
+
+
+def mixture(sizes: dict, shares: dict) -> data.Dataset:
+    """A dataset of made-up trees, so many of each source."""
+    sources = np.repeat(np.arange(len(sizes)), [*sizes.values()])
+    examples = random_trees(np.random.default_rng(0), len(sources), 9)
+    return data.as_dataset(examples, {}, sources=sources, shares={name: share / sum(shares.values()) for name, share in shares.items()})
+
+
+@pytest.mark.parametrize("sizes, shares, batch_size", [
+    ({"a": 100, "b": 100}, {"a": 0.7, "b": 0.3}, 10), ({"a": 7, "b": 500}, {"a": 0.5, "b": 0.5}, 8),
+    ({"a": 50, "b": 90, "c": 31}, {"a": 5, "b": 2, "c": 1}, 16), ({"a": 64, "b": 3}, {"a": 0.9, "b": 0.1}, 1)])
+def test_every_step_has_the_files_in_their_shares(sizes, shares, batch_size):
+    """To within one row, in each step and in all steps together; a file's rows all come before one comes again."""
+    dataset = mixture(sizes, shares)
+    steps = data.steps_of(dataset, batch_size, 3)
+    counts = np.zeros((200, len(sizes)), int)
+    for step in range(200):
+        rows = steps(step)
+        assert np.array_equal(rows, data.step_rows(dataset, step, batch_size, 3))
+        counts[step] = np.bincount(dataset.sources[rows], minlength=len(sizes))
+    share = np.array([*dataset.shares.values()])
+    assert np.abs(counts - counts.sum(1, keepdims=True) * share).max() <= (1 if len(sizes) == 2 else 1.5)
+    epochs = 200 // data.steps_per_epoch(dataset, batch_size)
+    of_epoch = np.array([data.rows_per_epoch(dataset)]) * epochs
+    assert np.array_equal(counts[:epochs * data.steps_per_epoch(dataset, batch_size)].sum(0, keepdims=True), of_epoch)
+    assert np.abs(np.array(data.rows_per_epoch(dataset)) - len(dataset) * share).max() < 1
+    order = np.concatenate([data.epoch_order(dataset, epoch, 3) for epoch in range(4)])
+    for source, count in enumerate(sizes.values()):
+        mine = order[dataset.sources[order] == source]
+        for begin in range(0, len(mine) - count + 1, count):
+            assert len({*mine[begin:begin + count].tolist()}) == count
+    assert not np.array_equal(data.epoch_order(dataset, 0, 3), data.epoch_order(dataset, 0, 4))
+
+
+def test_without_weights_an_epoch_is_one_pass():
+    """In the order that (seed, epoch) has always given."""
+    dataset = as_dataset(random_trees(np.random.default_rng(0), 50, 9, responses=(2, 4)))
+    for epoch in range(3):
+        assert np.array_equal(data.epoch_order(dataset, epoch, 7), np.random.default_rng((7, epoch)).permutation(50))
+
+
+def test_labels_are_interleaved_in_each_file(tmp_path):
+    """A step of KTO has desirable and undesirable rows as each file has them."""
+    rows = lambda every, count: [{"prompt": f"{i}=", "completion": "1", "label": i % every > 0} for i in range(count)]
+    paths = {write_jsonl(tmp_path / "a.jsonl", rows(2, 40)): 0.5, write_jsonl(tmp_path / "b.jsonl", rows(10, 160)): 0.5}
+    dataset = load(paths, "kto", objective="kto")
+    assert [*dataset.shares.values()] == [0.5, 0.5] and np.bincount(dataset.sources).tolist() == [40, 160]
+    for step in range(10):
+        chosen = data.step_rows(dataset, step, 20, 0)
+        first, second = (dataset.kinds[chosen[dataset.sources[chosen] == source]] for source in (0, 1))
+        assert len(first) == len(second) == 10 and abs((first == 1).sum() - 5) <= 1 and abs((second == 1).sum() - 1) <= 1
+
+
+def test_the_order_of_the_names_does_not_matter(tmp_path):
+    a, b = write_jsonl(tmp_path / "a.jsonl", ROWS * 3), write_parquet(tmp_path / "b.parquet", ROWS)
+    one, other = load({a: 7, b: 3}), load({b: 0.3, a: 0.7})
+    assert [e.where for e in one.examples] == [e.where for e in other.examples]
+    assert data.step_rows(one, 1, 4, 0).tolist() == data.step_rows(other, 1, 4, 0).tolist()
+    assert data.sources_said(one) == [f"  {a}: 70.0% of every step; 9 rows, an epoch has each 0.89 times",
+                                      f"  {b}: 30.0% of every step; 3 rows, an epoch has each 1.3 times"]
+    hashes = {config.hashed(config.settings(config.load([f"--train_data={paths}"]))) for paths in ({a: 0.7, b: 0.3}, {b: 0.3, a: 0.7})}
+    assert len(hashes) == 1 and data.sources_said(load(a)) == []
+
+
+def test_a_file_that_cannot_have_its_share_is_named(tmp_path):
+    a = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    empty = write_jsonl(tmp_path / "e.jsonl", [{"prompt": "1"}])
+    with pytest.raises(ValueError, match="e.jsonl: no usable row is left, and its weight asks for 50.0% of every step"):
+        load({a: 1, empty: 1}, bad_rows="skip")
+    with pytest.raises(ValueError, match="b.jsonl: its weight is 0.001 of all, less than one of the 6 rows of an epoch"):
+        load({a: 0.999, write_jsonl(tmp_path / "b.jsonl", ROWS): 0.001})
+
+
+@pytest.mark.parametrize("given, said", [
+    ({"a.jsonl": 0}, "train_data['a.jsonl'] = 0.0; expected a weight above 0"), ({"a.jsonl": -1.0}, "= -1.0; expected a weight above 0"),
+    ({"a.jsonl": "1"}, "train_data['a.jsonl'] = '1' is a str; expected float"), ({3: 1.0}, "a name in train_data = 3 is a int; expected str")])
+def test_weights_are_checked(given, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        config.load([f"--train_data={given}"])
+
+
+def test_names_with_weights_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert config.load(["--train_data={'~/a.jsonl': 7, 'b.jsonl': 3}"]).train_data == {"/home/me/a.jsonl": 7.0, "b.jsonl": 3.0}
