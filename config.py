@@ -213,8 +213,8 @@ def checked(key: str, value, kind, where: str):
     if key in ITEMS and isinstance(value, (list, tuple)):
         value = type(value)(checked(f"{key}[{i}]", item, ITEMS[key], where) for i, item in enumerate(value))
     if key == "train_data" and isinstance(value, dict):
-        value = {checked("a name in train_data", name, str, where): checked(f"train_data[{name!r}]", weight, float, where)
-                 for name, weight in value.items()}
+        names = [checked("a name in train_data", name, str, where) for name in value]
+        value = {name: checked(f"train_data[{name!r}]", value[name], float, where) for name in names}
     if key.startswith("train_data[") and isinstance(value, float) and not value > 0:
         raise ValueError(f"{where}: {key} = {value}; expected a weight above 0")
     if key in CHOICES and value not in CHOICES[key]:

@@ -107,9 +107,10 @@ def sizes_of(e: Example) -> tuple[int, int, int, int]:
     return e.length, sum(np.count_nonzero(mask) for mask in e.scored), len(e.chosen), 2 * bool(e.chosen) + bool(e.rejected)
 
 
-def as_dataset(examples: Sequence, counts: Counter, sizes: Sequence = (), sources: Sequence = (), shares: dict | None = None
-               ) -> Dataset:
-    """sizes: the `sizes_of` all examples, concatenated, where they are already known. sources, shares: default: all from one."""
+def as_dataset(examples: Sequence, counts: Counter, sizes: Sequence = (), sources: Sequence = (),
+               shares: dict | None = None) -> Dataset:
+    """sizes: the `sizes_of` all examples, concatenated, where they are already known. sources, shares: if several files
+    have weights."""
     sizes = np.array(sizes or [n for e in examples for n in sizes_of(e)], np.int64)
     lengths, scored, pairs, kinds = sizes.reshape(-1, 4).T
     before = lambda sizes: np.concatenate([[0], np.cumsum(sizes)])
@@ -302,8 +303,8 @@ def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
 
 
 def rows_per_epoch(dataset: Dataset) -> list[int]:
-    """How many rows of an epoch are from each source: its share of them, by largest remainder. An epoch has as many rows as the
-    dataset, so that without weights it is one pass over it."""
+    """How many rows of an epoch are from each source: its share of them, by largest remainder. An epoch has as many rows
+    as the dataset, so that without weights it is one pass over it."""
     exact = np.array([*dataset.shares.values()]) * len(dataset)
     rows = np.floor(exact).astype(int)
     rows[np.argsort(rows - exact, kind="stable")[:len(dataset) - rows.sum()]] += 1
@@ -311,14 +312,14 @@ def rows_per_epoch(dataset: Dataset) -> list[int]:
 
 
 def sources_said(dataset: Dataset) -> list[str]:
-    """A line for each file that has a weight: its share of a step, its rows, and how often an epoch passes over them."""
+    """A line for each file that has a weight: its share of a step, its rows, how often an epoch passes over them."""
     rows = np.bincount(dataset.sources, minlength=len(dataset.shares)).tolist()
     return [f"  {name}: {share:.1%} of every step; {count:,} rows, an epoch has each {taken / count:.2g} times"
             for (name, share), count, taken in zip(dataset.shares.items(), rows, rows_per_epoch(dataset)) if name]
 
 
 def spread(labels: np.ndarray) -> np.ndarray:
-    """An order of places in which each label comes as evenly as its number allows, and places of one label stay in order."""
+    """An order of places in which each label comes as evenly as its number allows; places of a label stay in order."""
     turn = np.empty(len(labels))
     for members in (np.flatnonzero(labels == label) for label in np.unique(labels)):
         turn[members] = (np.arange(len(members)) + 0.5) / len(members)
@@ -333,8 +334,9 @@ def pass_order(dataset: Dataset, source: int, nth: int, seed: int) -> np.ndarray
 
 
 def epoch_order(dataset: Dataset, epoch: int, seed: int) -> np.ndarray:
-    """Indices of the examples of an epoch, (len,), a function of (seed, epoch): of each source what follows in its own passes, as
-    many as its share asks for, interleaved evenly. Without weights, this is every example once, in another order each time."""
+    """Indices of the examples of an epoch, (len,), a function of (seed, epoch): of each source what follows in its own
+    passes, as many as its share asks for, interleaved evenly. Without weights, this is every example once, in another
+    order each time."""
     parts = []
     for source, rows in enumerate(rows_per_epoch(dataset)):
         count = np.count_nonzero(dataset.sources == source)
@@ -346,8 +348,8 @@ def epoch_order(dataset: Dataset, epoch: int, seed: int) -> np.ndarray:
 
 
 def steps_of(dataset: Dataset, batch_size: int, seed: int) -> Callable[[int], np.ndarray]:
-    """A function step -> indices of the examples of that optimizer step, which depend on (seed, step) alone; steps are counted from
-    0. The last step of an epoch is what is left."""
+    """A function step -> indices of the examples of that optimizer step, which depend on (seed, step) alone; steps are
+    counted from 0. The last step of an epoch is what is left."""
     per_epoch = steps_per_epoch(dataset, batch_size)
     order = functools.lru_cache(1)(lambda epoch: epoch_order(dataset, epoch, seed))
 

@@ -55,7 +55,8 @@ def files_at(place: str) -> list[str]:
         folder = downloaded(hub["name"])
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{place}: not a local file{hint}, and cannot be downloaded from the hub: {reason:.200}") from error
+        raise ValueError(f"{place}: not a local file{hint}, and cannot be downloaded from the hub: "
+                         f"{reason:.200}") from error
     return split_files(str(folder), hub["config"] or "", hub["split"] or "train", place)
 
 
@@ -71,7 +72,8 @@ def saved_files(folder: str) -> list[str]:
         raise ValueError(f"{folder} has several splits; name one of them: {', '.join(splits)}")
     if not Path(folder, "state.json").is_file():
         raise ValueError(f"{folder} is a folder; name files, or a glob as '{folder}/*.jsonl'")
-    files = [str(Path(folder, part["filename"])) for part in read_json(Path(folder, "state.json")).get("_data_files", [])]
+    parts = read_json(Path(folder, "state.json")).get("_data_files", [])
+    files = [str(Path(folder, part["filename"])) for part in parts]
     for file in files:
         if not Path(file).is_file():
             raise ValueError(f"{file}: no such file, and {folder}/state.json names it")
@@ -88,7 +90,8 @@ def downloaded(name: str) -> Path:
 
 def split_files(folder: str, config: str, split: str, name: str = "") -> list[str]:
     """The files of a split in the folder of a hub data set. config: "" is the default one. name: what errors call it."""
-    readable = [str(path.relative_to(folder)) for path in sorted(Path(folder).rglob("*")) if path.name.endswith(KNOWN)]
+    every = sorted(Path(folder).rglob("*"))
+    readable = [str(path.relative_to(folder)) for path in every if path.name.endswith(KNOWN)]
     default, table = declared(folder, readable)
     if not table:
         default, table = "default", by_layout(readable)
@@ -131,7 +134,7 @@ def matching(files: list[str], patterns: str | list[str], folder: str) -> list[s
 
 
 def by_layout(readable: list[str]) -> dict[tuple[str, str], list[str]]:
-    """(config, split) -> files, of data/train-00000-of-00002.parquet, config/train.jsonl or config/train/0000.parquet."""
+    """(config, split) -> files: data/train-00000-of-00002.parquet, config/train.jsonl, config/train/0000.parquet."""
     table = {}
     for file in readable:
         *folders, last = Path(file).parts
@@ -149,7 +152,8 @@ def by_layout(readable: list[str]) -> dict[tuple[str, str], list[str]]:
 WITH_PYARROW = (".parquet", ".arrow")
 MAGIC = {  # first bytes -> what begins with them, how such a file is to be named
     b"PAR1": ("parquet", "; rename it to end in .parquet"), b"ARROW1": ("arrow", "; rename it to end in .arrow"),
-    b"\xff\xff\xff\xff": ("arrow", "; rename it to end in .arrow"), b"\x1f\x8b": ("gzip", "; rename it to end in .jsonl.gz"),
+    b"\xff\xff\xff\xff": ("arrow", "; rename it to end in .arrow"),
+    b"\x1f\x8b": ("gzip", "; rename it to end in .jsonl.gz"),
     b"\x28\xb5\x2f\xfd": ("zstd", ""), b"\xfd7zXZ": ("xz", ""), b"BZh": ("bzip2", ""), b"PK\x03\x04": ("zip", "")}
 
 

@@ -13,8 +13,11 @@ import pytest
 
 import config
 import data
+import train
 from conftest import ROOT, as_dataset, random_trees
+from launch import run
 from parts import rows as files
+from test_train import assert_close, lines, options, weights
 
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet  # noqa: E402
@@ -175,7 +178,8 @@ def test_without_pyarrow(tmp_path):
     ("a.pkl", b"\x80\x04\x95\x1a\0\0\0\xff", "holds binary data, and its name says JSON; files are"),
     ("a.parquet", b'{"text": "1"}\n', "holds JSON, and its name says parquet; files are"),
     ("a.arrow", b"PAR1\x15\x04", "holds parquet, and its name says arrow; rename"),
-    ("a.parquet", b"", ""), ("a.parquet", b"PAR1" * 5, ""), ("a.arrow", b"ARROW1\0\0" + b"x" * 40, "")])
+    ("a.parquet", b"", ""), ("a.parquet", b"PAR1" * 5, ""), ("a.arrow", b"ARROW1\0\0" + b"x" * 40, "")],
+    ids=[str(i) for i in range(14)])
 def test_a_file_that_is_no_json_is_called_what_it_is(name, content, said, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name}: {said}")) as error:
@@ -361,3 +365,33 @@ def test_weights_are_checked(given, said):
 def test_names_with_weights_begin_at_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert config.load(["--train_data={'~/a.jsonl': 7, 'b.jsonl': 3}"]).train_data == {"/home/me/a.jsonl": 7.0, "b.jsonl": 3.0}
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_rows_that_repeat_in_a_step_train_alike(name, tmp_path, monkeypatch):
+    """With a cached or a live reference, on one rank or two."""
+    monkeypatch.chdir(ROOT)
+    rows = [json.loads(line) for line in open("tasks/arithmetic/pairs_eval.jsonl")]
+    paths = {write_jsonl(tmp_path / "a.jsonl", rows[:5]): 1, write_parquet(tmp_path / "b.parquet", rows[5:125]): 1}
+    given = dict(train_data=paths, max_steps=2)
+    train.train(config.load(options(tmp_path, name, "one", **given)))
+    assert "a.jsonl: 50.0% of every step; " in run(options(tmp_path, name, "two", cache_dir=tmp_path / "other", **given), ranks=2).stdout
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-12)
+    assert_close(weights(tmp_path / "one/model"), weights(tmp_path / "two/model"), 1e-9)
+    if name == "dpo":
+        train.train(config.load(options(tmp_path, name, "live", reference_live=True, **given)))
+        assert_close(weights(tmp_path / "one/model"), weights(tmp_path / "live/model"), 1e-9)
+
+
+def test_rollouts_draw_prompts_by_their_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    prompts = [json.loads(line) for line in open("tasks/arithmetic/problems_eval.jsonl")]
+    paths = {write_jsonl(tmp_path / "a.jsonl", prompts[:4]): 0.75, write_parquet(tmp_path / "b.parquet", prompts[4:40]): 0.25}
+    (tmp_path / "seen.py").write_text("def reward(prompt, completion, row):\n"
+                                      "    print('asked:', row['prompt'])\n    return len(completion)\n")
+    given = options(tmp_path, "reinforce", train_data=paths, batch_size=8, max_steps=2)
+    ended = run([o for o in given if not o.startswith("--config")] + [f"--config={tmp_path / 'seen.py'}"])
+    asked = re.findall("asked: (.*)", ended.stdout)
+    of_a = sum(prompt in [row["prompt"] for row in prompts[:4]] for prompt in asked)
+    assert len(asked) == 2 * 8 * 3 and of_a == 2 * 6 * 3
