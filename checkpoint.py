@@ -198,8 +198,9 @@ def resume(out: Path, state: State, machine, say: Callable, steps: int, settings
         put_back(folder, step, state)
     if machine.rank == 0 and (out / "metrics.jsonl").is_file():
         lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and step and json.loads(line)["step"] <= step]
-        write_text(out / "metrics.jsonl", "".join(kept))
+        whole = [line for line in lines if line.endswith("\n")]
+        reached = [line for line in whole if step and json.loads(line)["step"] <= step and json.loads(line)["split"] != "saved"]
+        write_text(out / "metrics.jsonl", "".join(reached))
     return step
 
 

@@ -121,7 +121,7 @@ class Config:
     save_every: int = 0  # steps between checkpoints; 0: none
     keep_checkpoints: int = 2  # how many of the newest checkpoints are kept
     resume: bool = False  # go on from out_dir's newest checkpoint
-    save_dtype: str = ""  # dtype of the saved model/; default: that of the folder it started from
+    save_dtype: str = ""  # dtype of the saved model/; default: that of the trained weights, fp32 (fp64 with dtype = "float64")
     samples: int = 3  # prompts whose answers before and after training are shown at the end
     track: str = ""  # wandb, tensorboard: also send every line of metrics.jsonl there; it has to be installed
 

@@ -76,6 +76,17 @@ def written(out: Path) -> tuple[list[dict], list[dict]]:
     return tuple([line for line in lines if line["split"] == split] for split in ("eval", "train"))
 
 
+def rounded(dtype: str, master: str, exact: dict, last: dict) -> str:
+    """What saving in a dtype changes: the metrics that differ by more than 1 % between the eval of the weights that were trained
+    and the eval of those that are saved."""
+    names = sorted(name for name in exact.keys() & last.keys() - {"step", "split", "seconds"}
+                   if exact[name] is not None and last[name] is not None)
+    far = [name for name in names if not abs(exact[name] - last[name]) <= 0.01 * abs(exact[name])]
+    numbers = ", ".join(f"{name} {exact[name]:.4g} -> {last[name]:.4g}" for name in far)
+    told = numbers or ("no metric of the eval differs by more than 1 %" if names else "the weights are rounded")
+    return f"saved as {dtype}: {told}; --save_dtype={master} keeps what was trained"
+
+
 def summary(out: Path, what: str, first: dict, last: dict, shown: tuple, before: list[tuple], after: list[tuple], use: str) -> str:
     """The final report: what was learned, samples (prompt, answer) from before (if any were taken) and after, where the model is,
     and how to use it."""

@@ -48,7 +48,6 @@ class Run(NamedTuple):
     folder_of: Callable  # name of a model in the config -> its folder
     tokenizer: data.Tokenizer
     decoder: model.Decoder
-    saved_dtype: torch.dtype  # of the weights in the folder that training starts from
     datasets: dict  # split -> rows
     prompts: data.Dataset | None  # that eval answers
     layout: data.Layout
@@ -96,6 +95,8 @@ def train(cfg):
     optimizer = optimizers.made(cfg, decoder)
     clear = functools.partial(optimizer.zero_grad, set_to_none=machine.world == 1)  # DDP's are kept, as views of its buckets
     trained = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
+    master = next(decoder.parameters()).dtype
+    dtype = getattr(torch, cfg.save_dtype) if cfg.save_dtype else master  # of the saved model
     parameters, policy = [*trained.values()], [p for name, p in trained.items() if not model.of_critic(name)]
     scaler = torch.amp.GradScaler(machine.device, enabled=machine.dtype == torch.float16)
     skipped = torch.zeros(2, device=machine.device)  # non-finite steps: in total, and the current streak
@@ -122,13 +123,27 @@ def train(cfg):
             save(done)
             raise
 
-    def evaluated(step: int) -> dict:
+    def evaluated(step: int, split: str = "eval") -> dict:
         begin = time.perf_counter()
         metrics = evaluate(run, sources, supply.rewards, out)
-        line = {"step": step, "split": "eval", **metrics, "seconds": time.perf_counter() - begin} if metrics else {}
+        line = {"step": step, "split": split, **metrics, "seconds": time.perf_counter() - begin} if metrics else {}
         if line:
             record(line)
         return line
+
+    def evaluated_as_saved(step: int) -> dict:
+        """The eval of the weights rounded to the dtype of the saved model: they stay so, unless it fails."""
+        exact = [parameter.detach().to("cpu", copy=True) for parameter in decoder.parameters()]
+        with torch.no_grad():
+            for parameter in decoder.parameters():
+                parameter.copy_(parameter.to(dtype))
+        try:
+            return evaluated(step, "saved")
+        except ValueError:  # a checkpoint will be saved: of the weights as they were
+            with torch.no_grad():
+                for parameter, kept in zip(decoder.parameters(), exact):
+                    parameter.copy_(kept)
+            raise
 
     def gradient(dataset, rows, epoch: int, rank: int = 0, world: int = 1) -> tuple["Meter", dict]:
         """Forward and backward on this rank's share of the rows; returns the summed metrics and the step's counts."""
@@ -240,14 +255,17 @@ def train(cfg):
     bar.close()
 
     # The result
+    headline = "loss", show, "exact_match", "reward"
+    if dtype.itemsize < master.itemsize:  # the numbers of the summary are those of the saved model
+        exact, last = last, unless_lost(steps, evaluated_as_saved)
+        say(report.rounded(str(dtype).removeprefix("torch."), str(master).removeprefix("torch."), exact, last))
     if machine.rank == 0:
-        dtype = getattr(torch, cfg.save_dtype) if cfg.save_dtype else run.saved_dtype
         checkpoint.publish(out / "model", lambda folder: write_model(folder, dtype))
         checkpoint.write_json(out / "run.json", {**described, "finished": True})
         ends = "before -> after", first, last
         if not first and began:
             ends = "first step -> last step", began, line
-        say(report.summary(out, *ends, ("loss", show, "exact_match", "reward"), before, samples(run), use_of(run)))
+        say(report.summary(out, *ends, headline, before, samples(run), use_of(run)))
     machine.barrier()
     if machine.any(bool(told)):  # in the last step: this run is complete, but none may follow it
         raise stopped(told)
@@ -274,7 +292,7 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
 
     tokenizer = data.Tokenizer(Path(cfg.tokenizer) if cfg.tokenizer else model.find_folder(start_from), cfg.chat_template)
     apart = {"values"} if cfg.critic else set()  # outputs of a model other than the policy
-    decoder, saved_dtype = model.load_model(cfg, machine, start_from, tokenizer, sorted({*outputs} - apart))
+    decoder = model.load_model(cfg, machine, start_from, tokenizer, sorted({*outputs} - apart))[0]
     if cfg.critic:
         tokenizer.same_ids(data.Tokenizer(model.find_folder(folder_of(cfg.critic))))
         decoder.critic = model.load_model(cfg, machine, folder_of(cfg.critic), tokenizer, ["reward"])[0]
@@ -291,8 +309,8 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
         model.check_lengths(decoder.critic, dataset, cfg.max_new_tokens)
     answers = (cfg.samples_per_prompt, cfg.max_new_tokens) if kind == "prompts" else ()  # that rollouts will add to each prompt
     tokens = data.stream_length([*datasets.values()], cfg.batch_size, cfg.micro_batch_tokens, *answers)
-    return Run(cfg, machine, say, terms, streams, outputs, folder_of, tokenizer, decoder, saved_dtype,
-               datasets, prompts, machine.layout(tokens))
+    return Run(cfg, machine, say, terms, streams, outputs, folder_of, tokenizer, decoder, datasets,
+               prompts, machine.layout(tokens))
 
 
 def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
