@@ -77,8 +77,8 @@ def written(out: Path) -> tuple[list[dict], list[dict]]:
 
 
 def rounded(dtype: str, master: str, exact: dict, last: dict) -> str:
-    """What saving in a dtype changes: the metrics that differ by more than 1 % between the eval of the weights that were trained
-    and the eval of those that are saved."""
+    """What saving in a dtype changes: the metrics that differ by more than 1 % between the eval of the weights that were
+    trained and the eval of those that are saved."""
     names = sorted(name for name in exact.keys() & last.keys() - {"step", "split", "seconds"}
                    if exact[name] is not None and last[name] is not None)
     far = [name for name in names if not abs(exact[name] - last[name]) <= 0.01 * abs(exact[name])]

@@ -329,6 +329,7 @@ class Rollouts:
         self.prompts, self.size = run.datasets["train"], cfg.rollout_prompts or cfg.batch_size
         self.minibatches = self.size // cfg.batch_size
         self.steps = self.minibatches * cfg.rollout_epochs  # steps per rollout
+        self.examples = len(self.prompts)
         self.per_epoch = -(-len(self.prompts) // self.size) * self.steps
         self.rewards = reward.rewards(cfg, run.machine, run.tokenizer, run.folder_of)
         once = self.steps == 1 and not cfg.kl_coef  # a single update computes the old log-probs itself
@@ -473,10 +474,14 @@ class Rollouts:
         """The state that carries over from step to step; in the middle of a rollout, the rollout is saved too."""
         if step % self.steps:
             answers = [answer for g in self.now.groups for answer in g.answers]
+            prompts = [self.prompts.examples[g.example].prompt for g in self.now.groups]
             save_file({**self.now.columns, "example": torch.tensor([g.example for g in self.now.groups]),
+                       "prompt": torch.from_numpy(np.concatenate(prompts)),
+                       "prompt_length": torch.tensor([*map(len, prompts)]),
                        "length": torch.tensor([len(a.ids) for a in answers]), "ended": torch.tensor([a.ended for a in answers]),
                        "ids": torch.tensor([i for a in answers for i in a.ids])}, folder / "rollout.safetensors")
-        return {"drawn": self.drawn, "kl_coef": self.kl_coef, "metrics": self.now.metrics if self.now else {}}
+        return {"drawn": self.drawn, "kl_coef": self.kl_coef, "temperature": self.cfg.temperature,
+                "metrics": self.now.metrics if self.now else {}}
 
     def restore(self, folder: Path, step: int, state: dict):
         self.drawn, self.kl_coef = state["drawn"], state["kl_coef"] if self.cfg.kl_target else self.kl_coef
@@ -489,6 +494,17 @@ class Rollouts:
             if len(lengths) != n * len(saved["example"]):
                 raise ValueError(f"{folder}: step {step} is inside a rollout with {len(lengths) // len(saved['example'])} "
                                  f"samples_per_prompt; resume with the same number")
+            before = state.get("temperature", self.cfg.temperature)
+            if before != self.cfg.temperature:
+                raise ValueError(f"{folder}: step {step} is inside a rollout, whose answers were drawn with temperature = "
+                                 f"{before}; resume with the same")
+            prompts = saved.pop("prompt").split(saved.pop("prompt_length").tolist())
+            for place, prompt in zip(saved["example"].tolist(), prompts):
+                now = self.prompts.examples[place]
+                if now.prompt.tolist() != prompt.tolist():
+                    raise ValueError(f"{now.where}: this prompt had other tokens in {folder}, which is inside a rollout: its "
+                                     f"answers would be trained as answers to another prompt. Set back the rows and the keys "
+                                     f"that make tokens of them, or begin a new run: --init_from={folder} --out_dir=...")
             answers = [Answer(ids.tolist(), [], bool(ended))
                        for ids, ended in zip(saved.pop("ids").split(lengths), saved.pop("ended"))]
             groups = [Group(example, answers[i * n:(i + 1) * n], []) for i, example in enumerate(saved.pop("example").tolist())]

@@ -64,7 +64,8 @@ class Run(NamedTuple):
 def train(cfg):
     """One run, from a resolved config to out_dir/model."""
     machine, out = find_machine(cfg), Path(cfg.out_dir)
-    settings = machine.share(config.settings(cfg))[0]  # rank 0's, so that all ranks agree
+    kept = checkpoint.run_json(out).get("settings", {})
+    settings = machine.share(config.settings_and_rows(cfg, kept))[0]  # rank 0's, so that all ranks agree
     say = print if machine.rank == 0 else lambda *_: None
     checkpoint.check_free(out, cfg, machine)
     if cfg.resume and checkpoint.finished_already(out, settings, machine, say):
@@ -318,7 +319,9 @@ def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
     and redone if it was made with other settings (the old folder is kept under another name)."""
     stage = config.load_stage(path, cfg)
     out = Path(stage.out_dir)  # all ranks act on what rank 0 finds there
-    settings, found, begun = machine.share((config.settings(stage), checkpoint.run_json(out), checkpoint.written_to(out)))[0]
+    kept = checkpoint.run_json(out)
+    settings = config.settings_and_rows(stage, kept.get("settings", {}))
+    settings, found, begun = machine.share((settings, kept, checkpoint.written_to(out)))[0]
     same = found.get("digest") == config.hashed(settings)
     if same and found["finished"]:
         checkpoint.hold(out, machine, alone=False)
@@ -346,6 +349,7 @@ class Rows:
 
     def __init__(self, run: Run):
         self.dataset, self.size = run.datasets["train"], run.cfg.batch_size
+        self.examples = len(self.dataset)
         self.per_epoch = data.steps_per_epoch(self.dataset, self.size)
         self.order = functools.lru_cache(1)(lambda epoch: data.epoch_order(self.dataset, epoch, run.cfg.seed))
 

@@ -3,6 +3,7 @@ import contextlib
 import difflib
 import glob
 import gzip
+import hashlib
 import json
 import os
 import zlib
@@ -25,6 +26,15 @@ def files_of(paths: str | list[str]) -> list[str]:
                              f"{file}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
         files += found
     return files
+
+
+def contents(paths: str | list[str]) -> dict[str, str]:
+    """file -> hash of what is in it."""
+    hashes = {}
+    for file in files_of(paths):
+        with open(file, "rb") as opened:
+            hashes[file] = hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+    return hashes
 
 
 def read_rows(paths: str | list[str], show: bool = False) -> Iterator[tuple[str, object]]:

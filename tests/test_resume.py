@@ -95,3 +95,125 @@ def test_a_merge_keeps_the_wider_dtype(tmp_path):
     for first, second in ((one, other), (other, one)):
         sample.main(["merge", f"--model={first}", f"--other={second}", f"--out={tmp_path / first.name}-merged", "--device=cpu"])
         assert {t.dtype for t in weights(tmp_path / f"{first.name}-merged").values()} == {torch.float32}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may change on --resume (checkpoint.py has the table)
+
+
+def copied_rows(tmp_path, kind: str = "preference", count: int = 60):
+    """A file of our own with the first rows of a kind."""
+    rows = open(ROWS[kind]).readlines()[:count]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    return tmp_path / "rows.jsonl"
+
+
+def exchanged(file, one: int, other: int):
+    """Two lines of a file change places."""
+    rows = file.read_text().splitlines(keepends=True)
+    rows[one], rows[other] = rows[other], rows[one]
+    file.write_text("".join(rows))
+
+
+@pytest.mark.parametrize("change", [dict(batch_size=20), dict(batch_size=5), dict(seed=1)])
+def test_what_steps_count_by_does_not_change(change, tmp_path):
+    given = dict(train_data=copied_rows(tmp_path), batch_size=10, max_steps=0)
+    go(tmp_path, **{**given, "max_steps": 2}, save_every=2)
+    written = (tmp_path / "run/metrics.jsonl").read_text()
+    (key, value), = change.items()
+    before = dict(batch_size=10, seed=0)[key]
+    with pytest.raises(ValueError, match=f"checkpoint-2: {key} {before} -> {value}. .* Set them back, or begin a new run with its weights: --init_from=.*checkpoint-2"):
+        go(tmp_path, **{**given, **change}, resume=True)
+    assert (tmp_path / "run/metrics.jsonl").read_text() == written
+    go(tmp_path, **given, resume=True, lr=1e-3)
+    assert len(lines(tmp_path / "run")) == 6  # one epoch
+
+
+def test_before_the_first_checkpoint_everything_may_change(tmp_path, capsys):
+    go(tmp_path, max_steps=1)
+    record = json.loads((tmp_path / "run/run.json").read_text()) | {"finished": False}
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    go(tmp_path, max_steps=2, batch_size=13, resume=True)
+    assert "continues with changed settings: batch_size 26 -> 13; max_steps 1 -> 2" in capsys.readouterr().out
+    assert len(lines(tmp_path / "run")) == 2
+
+
+def test_the_run_becomes_longer_and_says_so(tmp_path, capsys):
+    go(tmp_path, max_steps=0, epochs=0.1, save_every=2, schedule="linear")
+    capsys.readouterr()
+    go(tmp_path, max_steps=0, epochs=0.2, save_every=2, schedule="linear", resume=True)
+    assert "continues with changed settings: epochs 0.1 -> 0.2" in capsys.readouterr().out
+    rates = [line["lr"] for line in lines(tmp_path / "run")]
+    assert rates == pytest.approx([1e-2, 5e-3, 5e-3, 2.5e-3])  # the last two of a line over four steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows that changed
+
+
+def test_a_changed_file_is_said_or_refused(tmp_path, capsys):
+    file = copied_rows(tmp_path)
+    given = dict(train_data=file, batch_size=10, max_steps=4)
+    go(tmp_path, **{**given, "max_steps": 2}, save_every=1)
+    exchanged(file, 3, 4)
+    capsys.readouterr()
+    go(tmp_path, **given, resume=True)
+    assert f"continues with changed settings: contents.train_data.{file} " in capsys.readouterr().out
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(ValueError, match="checkpoint-2: train_data held 60 examples and holds 59 now, .* --init_from="):
+        go(tmp_path, **{**given, "max_steps": 6}, resume=True)
+
+
+def test_a_finished_run_of_other_rows_is_not_finished_already(tmp_path):
+    file = copied_rows(tmp_path)
+    go(tmp_path, train_data=file, max_steps=1)
+    go(tmp_path, train_data=file, max_steps=1, resume=True)
+    exchanged(file, 3, 4)
+    with pytest.raises(ValueError, match=f"is finished and holds no checkpoint to go on from .contents.train_data.{file} "):
+        go(tmp_path, train_data=file, max_steps=1, resume=True)
+
+
+def test_a_stage_whose_file_changed_is_run_again(tmp_path, capsys):
+    """Its eval rows may change, and its file may be gone."""
+    file, held = copied_rows(tmp_path, "sft"), tmp_path / "eval.jsonl"
+    held.write_text("".join(open(ROWS["sft"]).readlines()[:9]))
+    stage = dict(objective="sft", init_from="scratch", scratch=SMALL, tokenizer="tasks/arithmetic", train_data=str(file), eval_data=str(held),
+                 out_dir=str(tmp_path / "first"), max_steps=1, batch_size=8, samples=0)
+    (tmp_path / "first.py").write_text("".join(f"{key} = {value!r}\n" for key, value in stage.items()))
+
+    def second(out):
+        go(tmp_path, out=out, init_from=tmp_path / "first.py", max_steps=1)
+        return capsys.readouterr().out
+    second("a")
+    assert "already trained" in second("b")
+    exchanged(held, 1, 2)
+    assert "already trained" in second("c")
+    exchanged(file, 1, 2)
+    said = second("d")
+    assert "already trained" not in said and f"it was made with other settings: contents.train_data.{file}" in said
+    assert (tmp_path / "first.old1/model").is_dir()
+    assert "already trained" in second("e")
+    file.unlink()
+    assert "already trained" in second("f")
+
+
+ROLLED = dict(objective="reinforce", advantages="reinforce", rollout_epochs=2, batch_size=10)
+
+
+def test_in_the_middle_of_a_rollout_prompts_stay(tmp_path, capsys):
+    file = copied_rows(tmp_path, "prompts", 20)
+    given = dict(train_data=file, **ROLLED)
+    for out, steps in (("middle", 3), ("between", 2), ("shorter", 3), ("temperature", 3)):
+        go(tmp_path, "reinforce", out, **given, max_steps=steps, save_every=steps)
+    whole = file.read_text()
+    with pytest.raises(ValueError, match="checkpoint-3: step 3 is inside a rollout, whose answers were drawn with temperature = 1.0"):
+        go(tmp_path, "reinforce", "temperature", **given, max_steps=4, resume=True, temperature=0.7)
+    file.write_text("".join(reversed(whole.splitlines(keepends=True))))
+    with pytest.raises(ValueError, match=r"rows.jsonl:\d+: this prompt had other tokens in .*checkpoint-3, which is inside a rollout.*--init_from="):
+        go(tmp_path, "reinforce", "middle", **given, max_steps=4, resume=True)
+    capsys.readouterr()
+    go(tmp_path, "reinforce", "between", **given, max_steps=4, resume=True)  # new answers are drawn
+    assert f"continues with changed settings: contents.train_data.{file} " in capsys.readouterr().out
+    file.write_text("".join(whole.splitlines(keepends=True)[:2]))
+    with pytest.raises(ValueError, match="checkpoint-3: train_data held 20 examples and holds 2 now"):
+        go(tmp_path, "reinforce", "shorter", **given, max_steps=4, resume=True)
