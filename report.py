@@ -87,12 +87,14 @@ def rounded(dtype: str, master: str, exact: dict, last: dict) -> str:
     return f"saved as {dtype}: {told}; --save_dtype={master} keeps what was trained"
 
 
-def summary(out: Path, what: str, first: dict, last: dict, shown: tuple, before: list[tuple], after: list[tuple], use: str) -> str:
-    """The final report: what was learned, samples (prompt, answer) from before (if any were taken) and after, where the model is,
-    and how to use it."""
+def summary(out: Path, what: str, first: dict, last: dict, shown: tuple, skipped: tuple, before: list[tuple],
+            after: list[tuple], use: str) -> str:
+    """The final report: what was learned, how many of the steps were skipped, samples (prompt, answer) from before (if any were
+    taken) and after, where the model is, and how to use it."""
     names = [name for name in dict.fromkeys(shown) if first.get(name) is not None and last.get(name) is not None]
     lines = [f"{out}: {what if names else 'done'}"]
     lines += [f"  {name:20} {first[name]:.4g} -> {last[name]:.4g}" for name in names]
+    lines.append(f"  {'skipped_steps':20} {skipped[0]:,} of {skipped[1]:,}")
     for i, (prompt, new) in enumerate(after):
         asked = prompt if len(prompt) <= 150 else "... " + prompt[-146:]
         lines += ["", *wrapped("  prompt  ", asked)] + (wrapped("  before  ", before[i][1]) if before else [])

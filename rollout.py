@@ -335,6 +335,8 @@ class Rollouts:
         once = self.steps == 1 and not cfg.kl_coef  # a single update computes the old log-probs itself
         self.outputs = ["log_probs"] * (not once) + ["values"] * ("values" in run.streams)
         self.reference = reference.frozen_reference(run) if cfg.kl_coef or "reference_log_probs" in run.streams else None
+        self.unchecked = {"old_values": run.folder_of(cfg.critic or cfg.init_from),  # column -> the model that it comes from
+                          "reference_log_probs": reference.reference_folder(run)}
         for decoder in [self.decoder] + [self.reference] * bool(self.reference):
             decoder.temperature = cfg.temperature
         if (cfg.top_k or cfg.top_p < 1 or cfg.min_p) and run.machine.rank == 0:
@@ -438,6 +440,8 @@ class Rollouts:
                 columns["reference_log_probs"] = self.reference(batch, ["log_probs"])["log_probs"]
             return columns
         columns = reference.sweep(of, made.dataset, self.layout, self.machine) if self.outputs or self.reference else {}
+        for column in self.unchecked.keys() & columns.keys():
+            reference.check_finite({column: columns[column]}, made.dataset, self.unchecked.pop(column), column)
         answers, weight = [answer for g in made.groups for answer in g.answers], self.decoder.lm_head.weight
         tensor = lambda values: torch.tensor(values, dtype=weight.dtype, device=weight.device)
         columns["rollout_log_probs"] = tensor([x for answer in answers for x in answer.log_probs])
@@ -484,6 +488,7 @@ class Rollouts:
                 "metrics": self.now.metrics if self.now else {}}
 
     def restore(self, folder: Path, step: int, state: dict):
+        self.unchecked.pop("old_values")  # a critic that has been trained is another
         self.drawn, self.kl_coef = state["drawn"], state["kl_coef"] if self.cfg.kl_target else self.kl_coef
         if step % self.steps:
             if not (folder / "rollout.safetensors").is_file():

@@ -235,7 +235,10 @@ def train(cfg):
                     "skipped_steps": int(skipped[0]), "tokens": counts["stream_tokens"],
                     "tokens_per_second": tokens / since / seconds, "seconds": seconds, "peak_memory_gb": machine.peak_memory_gb()}
             record(line)
-            if skipped[1] >= cfg.max_skipped_steps:
+            in_a_row = cfg.max_skipped_steps
+            if step == steps:  # a run whose last steps, all since the line before, changed nothing is not finished
+                in_a_row = min(in_a_row, max(since, 2), steps)
+            if skipped[1] >= in_a_row:
                 stop_for(step, dataset, rows)
             shown = [f"{name.split('/')[-1]} {line[name]:.3f}" for name in ("loss", show) if name in line]
             bar.set_postfix_str(", ".join([*shown, f"{line['tokens_per_second'] / 1000:.1f}k tok/s"]), refresh=False)
@@ -256,17 +259,20 @@ def train(cfg):
     bar.close()
 
     # The result
+    if skipped[0] == steps:
+        raise ValueError(f"{out}: all {steps} steps had a loss or gradient that is not finite; no weight was trained and no model is "
+                         f"written. Look at the rows and at the model's weights, and name another --out_dir")
     headline = "loss", show, "exact_match", "reward"
     if dtype.itemsize < master.itemsize:  # the numbers of the summary are those of the saved model
         exact, last = last, unless_lost(steps, evaluated_as_saved)
         say(report.rounded(str(dtype).removeprefix("torch."), str(master).removeprefix("torch."), exact, last))
     if machine.rank == 0:
         checkpoint.publish(out / "model", lambda folder: write_model(folder, dtype))
-        checkpoint.write_json(out / "run.json", {**described, "finished": True})
+        checkpoint.write_json(out / "run.json", {**described, "finished": True, "skipped_steps": int(skipped[0])})
         ends = "before -> after", first, last
         if not first and began:
             ends = "first step -> last step", began, line
-        say(report.summary(out, *ends, headline, before, samples(run), use_of(run)))
+        say(report.summary(out, *ends, headline, (int(skipped[0]), steps), before, samples(run), use_of(run)))
     machine.barrier()
     if machine.any(bool(told)):  # in the last step: this run is complete, but none may follow it
         raise stopped(told)

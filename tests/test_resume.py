@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import config
+import losses
 import model
-import reward
 import sample
 import train
 from conftest import ROOT
+from launch import run
 from test_train import ROWS, SMALL, lines, options, weights
 
 
@@ -217,3 +218,86 @@ def test_in_the_middle_of_a_rollout_prompts_stay(tmp_path, capsys):
     file.write_text("".join(whole.splitlines(keepends=True)[:2]))
     with pytest.raises(ValueError, match="checkpoint-3: train_data held 20 examples and holds 2 now"):
         go(tmp_path, "reinforce", "shorter", **given, max_steps=4, resume=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers that are not finite
+
+
+def broken(tmp_path, heads: dict = model.LANGUAGE, tensor: str = "model.norm.weight"):
+    """A folder of a model whose outputs are NaN."""
+    decoder = model.scratch({**SMALL, "vocab_size": 16, "eos_token_id": 0}, 5, heads)
+    with torch.no_grad():
+        decoder.get_parameter(tensor).view(-1)[0] = math.nan
+    model.save(decoder, tmp_path / "broken", torch.float32, ROOT / "tasks/arithmetic")
+    return tmp_path / "broken"
+
+
+LANGUAGE, SCORE = {}, dict(heads={"score": 1})
+FROZEN = {"reference": ("dpo", LANGUAGE, lambda folder: dict(reference=folder)),
+          "reference_live": ("dpo", LANGUAGE, lambda folder: dict(reference=folder, reference_live=True)),
+          "kto": ("kto", LANGUAGE, lambda folder: dict(reference=folder)),
+          "teacher": ("kd", LANGUAGE, lambda folder: dict(teacher=folder)),
+          "teacher's head": ("kd", dict(tensor="lm_head.weight"), lambda folder: dict(teacher=folder)),
+          "teacher_top_k": ("kd", LANGUAGE, lambda folder: dict(teacher=folder, teacher_top_k=3)),
+          "reward model": ("reinforce", SCORE, lambda folder: dict(reward={str(folder): 1.0}, advantages="reinforce")),
+          "kl_coef": ("reinforce", LANGUAGE, lambda folder: dict(reference=folder, kl_coef=0.1, advantages="reinforce")),
+          "critic": ("value", SCORE, lambda folder: dict(critic=folder, advantages="gae"))}
+
+
+@pytest.mark.parametrize("what", FROZEN)
+def test_a_frozen_model_that_is_not_finite_is_named(what, tmp_path):
+    name, how, more = FROZEN[what]
+    with pytest.raises(ValueError, match=f"{tmp_path}/broken: .* not finite.*{ROWS[losses.OBJECTIVES[name].data]}:"):
+        go(tmp_path, name, **more(broken(tmp_path, **how)))
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_two_ranks_name_it_too(live, tmp_path):
+    given = dict(reference=broken(tmp_path), reference_live=live, max_steps=2)
+    done = run(options(tmp_path, "dpo", **given), ranks=2, check=False, timeout=60)
+    assert done.returncode == 1 and f"error: {tmp_path}/broken: its " in done.stderr and "Traceback" not in done.stderr
+
+
+def spoil_steps(monkeypatch, bad: set):
+    """Make the loss of these optimizer steps NaN; a step has one micro-batch."""
+    count, spoil = [], losses.OBJECTIVES["dpo"].loss
+
+    def loss(*given, **more):
+        values, *rest = spoil(*given, **more)
+        count.append(1)
+        return values * (math.nan if len(count) in bad else 1), *rest
+    monkeypatch.setitem(losses.OBJECTIVES, "dpo", losses.OBJECTIVES["dpo"]._replace(loss=loss))
+
+
+@pytest.mark.parametrize("log_every, bad, ends", [
+    (1, {1, 2, 3, 4}, True), (4, {1, 2, 3, 4}, True), (2, {3, 4}, True), (1, {3, 4}, True), (3, {2, 3, 4}, True),
+    (1, {2}, False), (1, {4}, False), (4, {2, 3, 4}, False), (2, {1, 4}, False)])
+def test_a_run_that_ends_in_skipped_steps_fails(log_every, bad, ends, tmp_path, monkeypatch, capsys):
+    """If all steps since the log line before were skipped, and at least two; the summary says how many were in any case."""
+    spoil_steps(monkeypatch, bad)
+    arguments = options(tmp_path, "dpo", max_steps=4, log_every=log_every, micro_batch_tokens=4096)
+    if ends:
+        with pytest.raises(SystemExit, match=f"error: {len(bad)} steps in a row, up to step 4, had a loss or gradient that is not finite"):
+            train.main(arguments)
+        assert not (tmp_path / "run/model").exists()
+    else:
+        train.main(arguments)
+        assert f"skipped_steps {len(bad)} of 4" in " ".join(capsys.readouterr().out.split())
+        assert json.loads((tmp_path / "run/run.json").read_text())["skipped_steps"] == len(bad)
+
+
+def test_a_run_without_a_step_that_trained_has_no_model(tmp_path, monkeypatch):
+    """Not after --resume either."""
+    spoil_steps(monkeypatch, {1, 2})
+    arguments = options(tmp_path, "dpo", max_steps=2, micro_batch_tokens=4096)
+    with pytest.raises(SystemExit, match="2 steps in a row"):
+        train.main(arguments)
+    with pytest.raises(SystemExit, match="error: .*run: all 2 steps had a loss or gradient that is not finite"):
+        train.main([*arguments, "--resume"])
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_the_summary_says_that_no_step_was_skipped(tmp_path, capsys):
+    go(tmp_path)
+    assert "skipped_steps 0 of 4" in " ".join(capsys.readouterr().out.split())
