@@ -30,15 +30,15 @@ def frozen(run, name: str, outputs: list[str]) -> model.Decoder:
 
 
 def check_finite(tables: dict, dataset: data.Dataset, name: str, what: str):
-    """Raise an error that names a frozen model and the first row for which what it says is not finite. tables: name -> (N, ...),
-    of every scored token of the dataset."""
+    """Raise an error that names a frozen model and the first row for which its outputs are not finite.
+    tables: name -> (N, ...), of every scored token of the dataset."""
     for table in tables.values():
         places = (~table.isfinite()).flatten(1).any(1) if table.dim() > 1 else ~table.isfinite()
         rows = np.unique(np.searchsorted(dataset.offsets, places.nonzero()[:, 0].cpu().numpy(), side="right") - 1)
         if len(rows):
-            raise ValueError(f"{name}: its {what} are not finite for {len(rows):,} of {len(dataset):,} rows, the first of them "
-                             f"{dataset.examples[rows[0]].where}, and every step with such a row would be skipped. Look for NaN in "
-                             f"its weights, name another folder, or try --dtype=float32")
+            raise ValueError(f"{name}: its {what} are not finite for {len(rows):,} of {len(dataset):,} rows, first for "
+                             f"{dataset.examples[rows[0]].where}. Every step with such a row would be skipped. Look for NaN "
+                             f"in its weights, name another folder, or try --dtype=float32")
 
 
 def reference_folder(run) -> str:
@@ -71,7 +71,7 @@ def reference_source(run) -> Callable:
 def live(run, name: str, decoder, output: str, column: str) -> Callable:
     """Adds the output of a frozen model that runs in every step. It is checked on the first rows, once: in a step, the host would
     wait for the device."""
-    def said(batch):
+    def outputs_of(batch):
         values = decoder(batch, [output])[output]
         if not isinstance(values, losses.Projected):
             return {output: values}
@@ -79,7 +79,7 @@ def live(run, name: str, decoder, output: str, column: str) -> Callable:
         return {"hidden": values.hidden, "head": head.expand(len(values.hidden))}
     train = run.datasets["train"]
     first = data.as_dataset(train.examples[:16], train.counts)
-    check_finite(sweep(said, first, run.layout, run.machine), first, name, output)
+    check_finite(sweep(outputs_of, first, run.layout, run.machine), first, name, output)
 
     def add(split, batches, epoch):
         for batch in batches:
