@@ -77,9 +77,11 @@ def live(run, name: str, decoder, output: str, column: str) -> Callable:
             return {output: values}
         head = values.ready().rows(slice(0, 1)).sum(1)  # one token's logits show whether the head is finite
         return {"hidden": values.hidden, "head": head.expand(len(values.hidden))}
-    train = run.datasets["train"]
-    first = data.as_dataset(train.examples[:16], train.counts)
-    check_finite(sweep(outputs_of, first, run.layout, run.machine), first, name, output)
+    for example in run.datasets["train"].examples[:8]:
+        row = data.as_dataset([example], {})
+        (batch,), _ = data.micro_batches(row, np.arange(1), run.layout)
+        with torch.no_grad(), run.machine.autocast():
+            check_finite(outputs_of(batch), row, name, output)
 
     def add(split, batches, epoch):
         for batch in batches:
