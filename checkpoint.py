@@ -22,6 +22,19 @@ import model
 import report
 
 
+# What --resume does with what has changed since the checkpoint. All that determines the result is compared and said:
+#   batch_size, rollout_prompts, rollout_epochs, seed: refused; steps count rows in these portions, in the seed's order
+#   number of examples (train_data's rows, keys that leave some out): refused; the order of rows depends on it
+#   other rows or tokens of as many examples: the steps to come read them; in the middle of a rollout, other prompts
+#     and another temperature are refused, since its answers belong to those that were there
+#   objective, model, optimizer: refused (finished_already, read, put_back)
+#   max_steps, epochs: the run ends sooner or later, and the schedule is that of the new length
+#   all others, such as lr or a loss's hyperparameters: count from the next step (sampling keys: the next rollout)
+# The number of ranks, the device, and how a run is logged, evaluated and saved change no result: they are not compared.
+COUNTED = ("batch_size", "rollout_prompts", "rollout_epochs", "seed")
+ANEW = "or begin a new run with its weights: --init_from={} --out_dir=... (and --reference, if it is to stay the old one)"
+
+
 class State(NamedTuple):
     """What carries from one step to the next. Fixed rows carry nothing: they are f(seed, step)."""
     decoder: model.Decoder
@@ -132,14 +145,19 @@ def hold(out: Path, machine, alone: bool = True):
 
 
 def finished_already(out: Path, now: dict, machine, say: Callable) -> bool:
-    """Whether a run that is to be resumed is finished, with the same settings. Changed settings are reported; another objective is
-    an error, and so is a run with changed settings that is finished and has no checkpoint to resume from."""
+    """Whether a run that is to be resumed is finished, with the same settings. Changed settings are reported. Errors: another
+    objective; a changed setting that no checkpoint fits (COUNTED); changed settings of a run that is finished and has no
+    checkpoint to resume from."""
     folder, kept = newest(out, machine)
     before, over = kept.get("settings", {}), kept["finished"]
     changed = config.changes(before, now) if before else []
     if before and before["weights"].keys() != now["weights"].keys():
         raise ValueError(f"{out}: {'+'.join(before['weights'])} was trained there, and this run trains "
                          f"{'+'.join(now['weights'])}; name another --out_dir")
+    counted = config.changes({key: before.get(key) for key in COUNTED}, {key: now[key] for key in COUNTED})
+    if before and folder and counted:
+        raise ValueError(f"{folder}: {'; '.join(counted)}. Its steps count rows by the values that it was begun with; with "
+                         f"others, some rows would be trained twice and some never. Set them back, {ANEW.format(folder)}")
     if over and not changed:
         say(f"{out} is finished already: {out / 'model'}")
     elif over and not folder:
@@ -174,7 +192,8 @@ def save(out: Path, step: int, state: State, write_model: Callable, keep: int, c
     weights = dict(state.decoder.named_parameters())
     critic = {n: p.detach().contiguous() for n, p in weights.items() if model.of_critic(n)}
     moments = {f"{n}.{key}": value for n, p in weights.items() for key, value in state.optimizer.state[p].items()}
-    carried = {"step": step, "world_size": world, "scaler": state.scaler.state_dict(), "skipped": state.skipped.tolist(),
+    carried = {"step": step, "world_size": world, "examples": state.supply.examples,
+               "scaler": state.scaler.state_dict(), "skipped": state.skipped.tolist(),
                "running": {name: pair.tolist() for name, pair in state.running.items()}, "config": config,
                "reward": {k: v for k, v in state.decoder.config.items() if k in model.REWARD}}
 
@@ -216,14 +235,20 @@ def resume(out: Path, state: State, machine, say: Callable, steps: int, settings
         put_back(folder, step, state)
     if machine.rank == 0 and (out / "metrics.jsonl").is_file():
         lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and step and json.loads(line)["step"] <= step]
-        write_text(out / "metrics.jsonl", "".join(kept))
+        whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+        reached = [line for line, said in whole if step and said["step"] <= step and said["split"] != "saved"]
+        write_text(out / "metrics.jsonl", "".join(reached))
     return step
 
 
 def put_back(folder: Path, step: int, state: State):
     """Load a checkpoint into the state: weights, optimizer moments and all else that carries over."""
     weights, moments, kept = read(folder, state.decoder)
+    before, now = kept.get("examples", state.supply.examples), state.supply.examples
+    if before != now:
+        raise ValueError(f"{folder}: train_data held {before:,} examples and holds {now:,} now, and which of them a step "
+                         f"trains depends on their number. Set back its rows and the keys that leave rows out, "
+                         f"{ANEW.format(folder)}")
     parameters = dict(state.decoder.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():

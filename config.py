@@ -25,6 +25,7 @@ import torch
 
 import model
 from losses import ADVANTAGES, OBJECTIVES, OPTIONS, Term, bind, check, streams
+from parts.rows import contents
 
 
 @dataclass
@@ -124,7 +125,7 @@ class Config:
     save_every: int = 0  # steps between checkpoints; 0: none
     keep_checkpoints: int = 2  # how many of the newest checkpoints are kept
     resume: bool = False  # go on from out_dir's newest checkpoint
-    save_dtype: str = ""  # dtype of the saved model/; default: that of the folder it started from
+    save_dtype: str = ""  # dtype of the saved model/; default: as trained, fp32 (fp64 with dtype = "float64")
     samples: int = 3  # prompts whose answers before and after training are shown at the end
     track: str = ""  # wandb, tensorboard: also send every line of metrics.jsonl there; it has to be installed
 
@@ -594,6 +595,19 @@ def settings(cfg: types.SimpleNamespace, above: tuple = ()) -> dict:
             raise ValueError(f"{path} needs its own result to start: {' <- '.join([*above, path])}; break the cycle")
         kept[path] = hashed(settings(load_stage(path, cfg), (*above, path)))
     return json.loads(json.dumps(kept))
+
+
+def settings_and_rows(cfg: types.SimpleNamespace, before: dict) -> dict:
+    """The settings, and under "contents" what is in the files of train_data, of the run and of each of its stages, as
+    {file: hash}. before: those of an earlier run. Files that are gone count as unchanged: a trained stage needs none."""
+    now, known = settings(cfg), before.get("contents", {})
+    now["contents"] = {}
+    for name, run in {"train_data": cfg, **stages(cfg)}.items():
+        try:
+            now["contents"][name] = contents(run.train_data)
+        except (ValueError, OSError):  # a run that reads them will say what is wrong
+            now["contents"][name] = known.get(name, {})
+    return now
 
 
 def hashed(settings: dict | list) -> str:

@@ -29,6 +29,18 @@ def frozen(run, name: str, outputs: list[str]) -> model.Decoder:
     return model.without_masters(decoder, run.machine.dtype)
 
 
+def check_finite(tables: dict, dataset: data.Dataset, name: str, what: str):
+    """Raise an error that names a frozen model and the first row for which its outputs are not finite.
+    tables: name -> (N, ...), of every scored token of the dataset."""
+    for table in tables.values():
+        places = (~table.isfinite()).flatten(1).any(1) if table.dim() > 1 else ~table.isfinite()
+        rows = np.unique(np.searchsorted(dataset.offsets, places.nonzero()[:, 0].cpu().numpy(), side="right") - 1)
+        if len(rows):
+            raise ValueError(f"{name}: its {what} are not finite for {len(rows):,} of {len(dataset):,} rows, first for "
+                             f"{dataset.examples[rows[0]].where}. Every step with such a row would be skipped. Look for NaN "
+                             f"in its weights, name another folder, or try --dtype=float32")
+
+
 def reference_folder(run) -> str:
     return run.folder_of(run.cfg.reference or run.cfg.init_from)
 
@@ -47,7 +59,7 @@ def frozen_reference(run) -> model.Decoder:
 def reference_source(run) -> Callable:
     """Adds reference_log_probs: from a table that is cached on disk, or from a model that runs in every step."""
     if run.cfg.reference_live:
-        return live(run, frozen_reference(run), "log_probs", "reference_log_probs")
+        return live(run, reference_folder(run), frozen_reference(run), "log_probs", "reference_log_probs")
     tables = {split: reference_table(run, split, dataset) for split, dataset in run.datasets.items()}
 
     def add(split, batches, epoch):
@@ -56,8 +68,21 @@ def reference_source(run) -> Callable:
     return add
 
 
-def live(run, decoder, output: str, column: str) -> Callable:
-    """Adds the output of a frozen model that runs in every step."""
+def live(run, name: str, decoder, output: str, column: str) -> Callable:
+    """Adds the output of a frozen model that runs in every step. It is checked on the first rows, once: in a step, the host would
+    wait for the device."""
+    def outputs_of(batch):
+        values = decoder(batch, [output])[output]
+        if not isinstance(values, losses.Projected):
+            return {output: values}
+        head = values.ready().rows(slice(0, 1)).sum(1)  # one token's logits show whether the head is finite
+        return {"hidden": values.hidden, "head": head.expand(len(values.hidden))}
+    for example in run.datasets["train"].examples[:8]:
+        row = data.as_dataset([example], {})
+        (batch,), _ = data.micro_batches(row, np.arange(1), run.layout)
+        with torch.no_grad(), run.machine.autocast():
+            check_finite(outputs_of(batch), row, name, output)
+
     def add(split, batches, epoch):
         for batch in batches:
             with torch.no_grad(), run.machine.autocast():
@@ -72,7 +97,7 @@ def teacher_source(run) -> Callable:
 
     load = lambda: frozen(run, teacher, ["logits"])
     if not cfg.teacher_top_k:
-        return live(run, load(), "logits", "teacher_logits")
+        return live(run, teacher, load(), "logits", "teacher_logits")
     known = run.tokenizer.fast.get_vocab_size()
     if cfg.teacher_top_k > known:
         raise ValueError(f"teacher_top_k = {cfg.teacher_top_k} and the vocabulary has {known} tokens")
@@ -87,7 +112,8 @@ def teacher_source(run) -> Callable:
         return {"top": torch.cat([p.values for p in parts]), "index": torch.cat([p.indices for p in parts]).int()}
 
     what, weights = f"teacher's {cfg.teacher_top_k} highest logits", fingerprint(teacher, cfg)
-    tables = {split: precomputed(run, split, dataset, what, load, highest, weights) for split, dataset in run.datasets.items()}
+    tables = {split: precomputed(run, split, dataset, what, teacher, load, highest, weights)
+              for split, dataset in run.datasets.items()}
 
     def add(split, batches, epoch):
         for batch in batches:
@@ -182,16 +208,16 @@ def pieces(run, split: str) -> list[np.ndarray]:
 
 def reference_table(run, split: str, dataset: data.Dataset) -> torch.Tensor:
     """The reference's log-probs of the scored tokens that the run reads, (dataset.offsets[-1],)."""
-    weights = fingerprint(reference_folder(run), run.cfg)
-    of = lambda decoder, batch: decoder(batch, ["log_probs"])
-    return precomputed(run, split, dataset, "reference log-probs", lambda: frozen_reference(run), of, weights)["log_probs"]
+    name = reference_folder(run)
+    of, load = lambda decoder, batch: decoder(batch, ["log_probs"]), lambda: frozen_reference(run)
+    return precomputed(run, split, dataset, "reference log-probs", name, load, of, fingerprint(name, run.cfg))["log_probs"]
 
 
-def precomputed(run, split: str, dataset: data.Dataset, what: str, load: Callable, of: Callable, weights: str
+def precomputed(run, split: str, dataset: data.Dataset, what: str, name: str, load: Callable, of: Callable, weights: str
                 ) -> dict[str, torch.Tensor]:
     """Tables of what of(decoder, batch) returns for each scored token that the run reads, name -> (dataset.offsets[-1], ...): from
-    the cache on disk, or by one pass over these rows, split over the ranks. load() loads the frozen model, which is freed
-    afterwards."""
+    the cache on disk, or by one pass over these rows, split over the ranks. load() loads the frozen model of that
+    name, which is freed afterwards."""
     machine, parts, folder = run.machine, pieces(run, split), Path(run.cfg.cache_dir).expanduser()
     rows, size = sum(map(len, parts)), int(dataset.offsets[-1])
     place = lambda asked: folder / f"reference-{key(run, dataset, asked, what, weights)}.safetensors"
@@ -200,13 +226,14 @@ def precomputed(run, split: str, dataset: data.Dataset, what: str, load: Callabl
         tables = read(place(data.in_order(dataset)), size)
     if not machine.any(tables is None):
         run.say(f"{what} of {rows:,} rows: read from the cache in {run.cfg.cache_dir}")
-        return {name: table.to(machine.device) for name, table in tables.items()}
+        return {column: table.to(machine.device) for column, table in tables.items()}
     decoder = load()
     tables = sweep(lambda batch: of(decoder, batch), dataset, run.layout, machine, what, parts)
+    check_finite(tables, dataset, name, what)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one of each machine: the folder may be its own
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{machine.rank}.{os.getpid()}.part")
-        save_file({name: table.cpu() for name, table in tables.items()}, part)
+        save_file({column: table.cpu() for column, table in tables.items()}, part)
         os.replace(part, path)
     del decoder
     gc.collect()  # compiled blocks are in reference cycles

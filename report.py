@@ -80,12 +80,25 @@ def written(out: Path) -> tuple[list[dict], list[dict]]:
     return tuple([line for line in lines if line["split"] == split] for split in ("eval", "train"))
 
 
-def summary(out: Path, what: str, first: dict, last: dict, shown: tuple, before: list[tuple], after: list[tuple], use: str) -> str:
-    """The final report: what was learned, samples (prompt, answer) from before (if any were taken) and after, where the model is,
-    and how to use it."""
+def rounded(dtype: str, master: str, exact: dict, last: dict) -> str:
+    """What saving in a dtype changes: the metrics that differ by more than 1 % between the eval of the weights that were
+    trained and the eval of those that are saved."""
+    names = sorted(name for name in exact.keys() & last.keys() - {"step", "split", "seconds"}
+                   if exact[name] is not None and last[name] is not None)
+    far = [name for name in names if not abs(exact[name] - last[name]) <= 0.01 * abs(exact[name])]
+    numbers = ", ".join(f"{name} {exact[name]:.4g} -> {last[name]:.4g}" for name in far)
+    told = numbers or ("no metric of the eval differs by more than 1 %" if names else "the weights are rounded")
+    return f"saved as {dtype}: {told}; --save_dtype={master} keeps what was trained"
+
+
+def summary(out: Path, what: str, first: dict, last: dict, shown: tuple, skipped: tuple, before: list[tuple],
+            after: list[tuple], use: str) -> str:
+    """The final report: what was learned, how many of the steps were skipped, samples (prompt, answer) from before (if any were
+    taken) and after, where the model is, and how to use it."""
     names = [name for name in dict.fromkeys(shown) if first.get(name) is not None and last.get(name) is not None]
     lines = [f"{out}: {what if names else 'done'}"]
     lines += [f"  {name:20} {first[name]:.4g} -> {last[name]:.4g}" for name in names]
+    lines.append(f"  {'skipped_steps':20} {skipped[0]:,} of {skipped[1]:,}")
     for i, (prompt, new) in enumerate(after):
         asked = prompt if len(prompt) <= 150 else "... " + prompt[-146:]
         lines += ["", *wrapped("  prompt  ", asked)] + (wrapped("  before  ", before[i][1]) if before else [])

@@ -288,6 +288,10 @@ class Scorer:
             for batch in data.micro_batches(dataset, rows, layout)[0]:
                 with torch.no_grad(), self.machine.autocast():
                     made = self.decoder(batch, [self.stream])[self.stream].double()
+                if not made.isfinite().all():
+                    places = ", ".join(dataset.examples[i].where for i in batch["members"][:3])
+                    raise ValueError(f"{self.name}: its {self.stream} is not finite in a batch with the rows {places}, ... . Look "
+                                     f"for NaN in its weights, name another folder, or try --dtype=float32")
                 values = [[] for _ in range(batch["num_examples"])]
                 for of, value in zip(batch["example"].tolist(), self.say(batch, made)):
                     values[of].append(value)

@@ -331,10 +331,13 @@ class Rollouts:
         self.steps = self.size // cfg.batch_size * cfg.rollout_epochs  # steps on a rollout
         self.per_epoch = -(-len(self.prompts) // cfg.batch_size) * cfg.rollout_epochs
         self.asked = self.size  # prompts that the current rollout asks for
+        self.examples = len(self.prompts)
         self.rewards = reward.rewards(cfg, run.machine, run.tokenizer, run.folder_of)
         once = self.steps == 1 and not cfg.kl_coef  # a single update computes the old log-probs itself
         self.outputs = ["log_probs"] * (not once) + ["values"] * ("values" in run.streams)
         self.reference = reference.frozen_reference(run) if cfg.kl_coef or "reference_log_probs" in run.streams else None
+        self.unchecked = {"old_values": run.folder_of(cfg.critic or cfg.init_from),  # column -> the model that it comes from
+                          "reference_log_probs": reference.reference_folder(run)}
         for decoder in [self.decoder] + [self.reference] * bool(self.reference):
             decoder.temperature = cfg.temperature
         if (cfg.top_k or cfg.top_p < 1 or cfg.min_p) and run.machine.rank == 0:
@@ -462,6 +465,8 @@ class Rollouts:
                 columns["reference_log_probs"] = self.reference(batch, ["log_probs"])["log_probs"]
             return columns
         columns = reference.sweep(of, made.dataset, self.layout, self.machine) if self.outputs or self.reference else {}
+        for column in self.unchecked.keys() & columns.keys():
+            reference.check_finite({column: columns[column]}, made.dataset, self.unchecked.pop(column), column)
         answers, weight = [answer for g in made.groups for answer in g.answers], self.decoder.lm_head.weight
         tensor = lambda values: torch.tensor(values, dtype=weight.dtype, device=weight.device)
         columns["rollout_log_probs"] = tensor([x for answer in answers for x in answer.log_probs])
@@ -498,12 +503,17 @@ class Rollouts:
         """The state that carries over from step to step; in the middle of a rollout, the rollout is saved too."""
         if self.place(step)[0]:
             answers = [answer for g in self.now.groups for answer in g.answers]
+            prompts = [self.prompts.examples[g.example].prompt for g in self.now.groups]
             save_file({**self.now.columns, "example": torch.tensor([g.example for g in self.now.groups]),
+                       "prompt": torch.from_numpy(np.concatenate(prompts)),
+                       "prompt_length": torch.tensor([*map(len, prompts)]),
                        "length": torch.tensor([len(a.ids) for a in answers]), "ended": torch.tensor([a.ended for a in answers]),
                        "ids": torch.tensor([i for a in answers for i in a.ids])}, folder / "rollout.safetensors")
-        return {"drawn": self.drawn, "kl_coef": self.kl_coef, "metrics": self.now.metrics if self.now else {}}
+        return {"drawn": self.drawn, "kl_coef": self.kl_coef, "temperature": self.cfg.temperature,
+                "metrics": self.now.metrics if self.now else {}}
 
     def restore(self, folder: Path, step: int, state: dict):
+        self.unchecked.pop("old_values")  # a critic that has been trained is another
         self.drawn, self.kl_coef = state["drawn"], state["kl_coef"] if self.cfg.kl_target else self.kl_coef
         nth, self.asked = self.place(step)
         if nth:
@@ -515,6 +525,17 @@ class Rollouts:
             if len(lengths) != n * len(saved["example"]):
                 raise ValueError(f"{folder}: step {step} is inside a rollout with {len(lengths) // len(saved['example'])} "
                                  f"samples_per_prompt; resume with the same number")
+            before = state.get("temperature", self.cfg.temperature)
+            if before != self.cfg.temperature:
+                raise ValueError(f"{folder}: step {step} is inside a rollout, whose answers were drawn with temperature = "
+                                 f"{before}; resume with the same")
+            prompts = saved.pop("prompt").split(saved.pop("prompt_length").tolist())
+            for place, prompt in zip(saved["example"].tolist(), prompts):
+                now = self.prompts.examples[place]
+                if now.prompt.tolist() != prompt.tolist():
+                    raise ValueError(f"{now.where}: this prompt had other tokens in {folder}, which is inside a rollout: its "
+                                     f"answers would be trained as answers to another prompt. Set back the rows and the keys "
+                                     f"that make tokens of them, or begin a new run: --init_from={folder} --out_dir=...")
             answers = [Answer(ids.tolist(), [], bool(ended))
                        for ids, ended in zip(saved.pop("ids").split(lengths), saved.pop("ended"))]
             groups = [Group(example, answers[i * n:(i + 1) * n], [], {})

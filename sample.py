@@ -245,6 +245,7 @@ def merge(options, cfg):
                              f"{one.stream} and {other.decoder.shape}, {other.stream}")
         for mine, theirs in zip(one.decoder.parameters(), other.decoder.parameters(), strict=True):
             mine.lerp_(theirs, 1 - options.weight)
+        one.saved_dtype = torch.promote_types(one.saved_dtype, other.saved_dtype)
     else:
         one.decoder.config |= {key: one.described[key] for key in model.REWARD if key in one.described}
     dtype = getattr(torch, cfg.save_dtype) if cfg.save_dtype else one.saved_dtype

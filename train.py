@@ -48,7 +48,6 @@ class Run(NamedTuple):
     folder_of: Callable  # name of a model in the config -> its folder
     tokenizer: data.Tokenizer
     decoder: model.Decoder
-    saved_dtype: torch.dtype  # of the weights in the folder that training starts from
     datasets: dict  # split -> rows
     prompts: data.Dataset | None  # that eval answers
     layout: data.Layout
@@ -65,7 +64,8 @@ class Run(NamedTuple):
 def train(cfg):
     """One run, from a resolved config to out_dir/model."""
     machine, out = find_machine(cfg), Path(cfg.out_dir)
-    settings = machine.share(config.settings(cfg))[0]  # rank 0's, so that all ranks agree
+    kept = checkpoint.run_json(out).get("settings", {})
+    settings = machine.share(config.settings_and_rows(cfg, kept))[0]  # rank 0's, so that all ranks agree
     say = print if machine.rank == 0 else lambda *_: None
     checkpoint.check_free(out, cfg, machine)
     if cfg.resume and checkpoint.finished_already(out, settings, machine, say):
@@ -96,6 +96,8 @@ def train(cfg):
     optimizer = optimizers.made(cfg, decoder)
     clear = functools.partial(optimizer.zero_grad, set_to_none=machine.world == 1)  # DDP's are kept, as views of its buckets
     trained = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
+    master = next(decoder.parameters()).dtype
+    dtype = getattr(torch, cfg.save_dtype) if cfg.save_dtype else master  # of the saved model
     parameters, policy = [*trained.values()], [p for name, p in trained.items() if not model.of_critic(name)]
     scaler = torch.amp.GradScaler(machine.device, enabled=machine.dtype == torch.float16)
     skipped = torch.zeros(2, device=machine.device)  # non-finite steps: in total, and the current streak
@@ -125,13 +127,27 @@ def train(cfg):
             save(done)
             raise
 
-    def evaluated(step: int) -> dict:
+    def evaluated(step: int, split: str = "eval") -> dict:
         begin = time.perf_counter()
         metrics = evaluate(run, sources, supply.rewards, out)
-        line = {"step": step, "split": "eval", **metrics, "seconds": time.perf_counter() - begin} if metrics else {}
+        line = {"step": step, "split": split, **metrics, "seconds": time.perf_counter() - begin} if metrics else {}
         if line:
             record(line)
         return line
+
+    def evaluated_as_saved(step: int) -> dict:
+        """The eval of the weights rounded to the dtype of the saved model: they stay so, unless it fails."""
+        exact = [parameter.detach().to("cpu", copy=True) for parameter in decoder.parameters()]
+        with torch.no_grad():
+            for parameter in decoder.parameters():
+                parameter.copy_(parameter.to(dtype))
+        try:
+            return evaluated(step, "saved")
+        except ValueError:  # a checkpoint will be saved: of the weights as they were
+            with torch.no_grad():
+                for parameter, kept in zip(decoder.parameters(), exact):
+                    parameter.copy_(kept)
+            raise
 
     def gradient(dataset, rows, epoch: int, rank: int = 0, world: int = 1) -> tuple["Meter", dict]:
         """Forward and backward on this rank's share of the rows; returns the summed metrics and the step's counts."""
@@ -224,7 +240,10 @@ def train(cfg):
                     "skipped_steps": int(skipped[0]), "tokens": counts["stream_tokens"],
                     "tokens_per_second": tokens / since / seconds, "seconds": seconds, "peak_memory_gb": machine.peak_memory_gb()}
             record(line)
-            if skipped[1] >= cfg.max_skipped_steps:
+            in_a_row = cfg.max_skipped_steps
+            if step == steps:  # a run whose last steps, all since the line before, changed nothing is not finished
+                in_a_row = min(in_a_row, max(since, 2), steps)
+            if skipped[1] >= in_a_row:
                 stop_for(step, dataset, rows)
             shown = [f"{name.split('/')[-1]} {line[name]:.3f}" for name in ("loss", show) if name in line]
             bar.set_postfix_str(", ".join([*shown, f"{line['tokens_per_second'] / 1000:.1f}k tok/s"]), refresh=False)
@@ -245,14 +264,20 @@ def train(cfg):
     bar.close()
 
     # The result
+    if skipped[0] == steps:
+        raise ValueError(f"{out}: all {steps} steps had a loss or gradient that is not finite; no weight was trained and no model is "
+                         f"written. Look at the rows and at the model's weights, and name another --out_dir")
+    headline = "loss", show, "exact_match", "reward"
+    if dtype.itemsize < master.itemsize:  # the numbers of the summary are those of the saved model
+        exact, last = last, unless_lost(steps, evaluated_as_saved)
+        say(report.rounded(str(dtype).removeprefix("torch."), str(master).removeprefix("torch."), exact, last))
     if machine.rank == 0:
-        dtype = getattr(torch, cfg.save_dtype) if cfg.save_dtype else run.saved_dtype
         checkpoint.publish(out / "model", lambda folder: write_model(folder, dtype))
-        checkpoint.write_json(out / "run.json", {**described, "finished": True})
+        checkpoint.write_json(out / "run.json", {**described, "finished": True, "skipped_steps": int(skipped[0])})
         ends = "before -> after", first, last
         if not first and began:
             ends = "first step -> last step", began, line
-        say(report.summary(out, *ends, ("loss", show, "exact_match", "reward"), before, samples(run), use_of(run)))
+        say(report.summary(out, *ends, headline, (int(skipped[0]), steps), before, samples(run), use_of(run)))
     machine.barrier()
     if machine.any(bool(told)):  # in the last step: this run is complete, but none may follow it
         raise stopped(told)
@@ -280,7 +305,7 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
     folder = Path(cfg.tokenizer) if cfg.tokenizer else model.find_folder(start_from)
     tokenizer = data.Tokenizer(folder, cfg.chat_template, cfg.chat_template_kwargs)
     apart = {"values"} if cfg.critic else set()  # outputs of a model other than the policy
-    decoder, saved_dtype = model.load_model(cfg, machine, start_from, tokenizer, sorted({*outputs} - apart))
+    decoder = model.load_model(cfg, machine, start_from, tokenizer, sorted({*outputs} - apart))[0]
     if cfg.critic:
         tokenizer.same_ids(data.Tokenizer(model.find_folder(folder_of(cfg.critic))), cfg.resize_embeddings)
         decoder.critic = model.load_model(cfg, machine, folder_of(cfg.critic), tokenizer, ["reward"])[0]
@@ -301,8 +326,8 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
         model.check_lengths(decoder.critic, dataset, cfg.max_new_tokens)
     answers = (cfg.samples_per_prompt, cfg.max_new_tokens) if kind == "prompts" else ()  # that rollouts will add to each prompt
     tokens = data.stream_length([*datasets.values()], cfg.batch_size, cfg.micro_batch_tokens, *answers, device=machine.device)
-    return Run(cfg, machine, say, terms, streams, outputs, folder_of, tokenizer, decoder, saved_dtype,
-               datasets, prompts, machine.layout(tokens))
+    return Run(cfg, machine, say, terms, streams, outputs, folder_of, tokenizer, decoder, datasets,
+               prompts, machine.layout(tokens))
 
 
 def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
@@ -310,7 +335,9 @@ def run_stage(path: str, cfg, machine: Machine, say: Callable) -> str:
     and redone if it was made with other settings (the old folder is kept under another name)."""
     stage = config.load_stage(path, cfg)
     out = Path(stage.out_dir)  # all ranks act on what rank 0 finds there
-    settings, found, begun = machine.share((config.settings(stage), checkpoint.run_json(out), checkpoint.written_to(out)))[0]
+    kept = checkpoint.run_json(out)
+    settings = config.settings_and_rows(stage, kept.get("settings", {}))
+    settings, found, begun = machine.share((settings, kept, checkpoint.written_to(out)))[0]
     same = found.get("digest") == config.hashed(settings)
     if same and found["finished"]:
         checkpoint.hold(out, machine, alone=False)
@@ -338,6 +365,7 @@ class Rows:
 
     def __init__(self, run: Run):
         self.dataset = run.datasets["train"]
+        self.examples = len(self.dataset)
         self.per_epoch = data.steps_per_epoch(self.dataset, run.cfg.batch_size)
         self.of_step = data.steps_of(self.dataset, run.cfg.batch_size, run.cfg.seed)
 

@@ -5,6 +5,7 @@ import fnmatch
 import functools
 import glob
 import gzip
+import hashlib
 import importlib.util
 import json
 import os
@@ -144,6 +145,15 @@ def by_layout(readable: list[str]) -> dict[tuple[str, str], list[str]]:
         config = "/".join(folders)
         table.setdefault(("default" if config in ("", "data") else config, split), []).append(file)
     return table
+
+
+def contents(paths: str | list[str] | dict[str, float]) -> dict[str, str]:
+    """file -> hash of what is in it."""
+    hashes = {}
+    for file in files_of(paths):
+        with open(file, "rb") as opened:
+            hashes[file] = hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+    return hashes
 
 
 # ---------------------------------------------------------------------------------------------------------------------

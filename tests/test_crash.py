@@ -275,7 +275,7 @@ def test_too_many_of_them_stop_the_run_and_are_named(ranks, tmp_path):
 
 
 def test_every_objective_skips(tmp_path, monkeypatch):
-    """Whatever a loss reads: one that is not finite changes no weight, and the run ends as one without it would begin."""
+    """Whatever a loss reads: one that is not finite changes no weight, and a run of such steps alone ends with an error."""
     monkeypatch.chdir(ROOT)
     for name in ("dpo", "kto", "rm", "prm", "kd"):
         spoil = losses.OBJECTIVES[name].loss
@@ -285,7 +285,8 @@ def test_every_objective_skips(tmp_path, monkeypatch):
             return values * float("nan"), *rest
         monkeypatch.setitem(losses.OBJECTIVES, name, losses.OBJECTIVES[name]._replace(loss=bad))
         arguments = options(tmp_path, name, name, max_steps=2, save_every=1)
-        train.main(arguments)
+        with pytest.raises(SystemExit, match="error: 2 steps in a row, up to step 2, had a loss or gradient that is not finite"):
+            train.main(arguments)
         one, two = (load_file(tmp_path / name / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2))
         assert all(torch.equal(one[key], two[key]) for key in one) and lines(tmp_path / name)[-1]["skipped_steps"] == 2
 
