@@ -1,6 +1,7 @@
 """Row -> Draft: the common form of all row formats, as text or as messages. A new format is one branch of a function in `FORMATS`; a
 data set whose columns have other names is a line of `DATA_SETS`."""
 import ast
+import contextlib
 import copy
 import functools
 import itertools
@@ -250,14 +251,14 @@ def meaning(row: dict, key: str, meanings: dict) -> float:
     """What a column's value means."""
     value = row[key]
     if isinstance(value, (dict, list)) or value not in meanings:
-        raise ValueError(f"{key!r} should be one of {', '.join(map(repr, meanings))}, found {str(value)[:60]!r}")
+        raise ValueError(f"{key!r} should be one of {', '.join(map(repr, meanings))}, found {value!r:.60}")
     return meanings[value]
 
 
 def number(row: dict, key: str) -> float:
     value = row[key]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e38:  # nor NaN
-        raise ValueError(f"{key!r} should be a number, found {str(value)[:60]!r}")
+        raise ValueError(f"{key!r} should be a number, found {value!r:.60}")
     return float(value)
 
 
@@ -340,15 +341,21 @@ WINNERS = {"model_a": 1, "model_b": -1, "tie": 0, "tie (bothbad)": 0, "both_bad"
 
 
 @functools.lru_cache(maxsize=256)
-def data_set(columns: tuple) -> Callable | None:
-    """The function of the data set that has these columns."""
-    return next((convert for needed, convert in DATA_SETS.values() if set(needed) <= set(columns)), None)
+def data_set(columns: tuple) -> tuple | None:
+    """The columns and the function of the data set that has these columns."""
+    return next((known for known in DATA_SETS.values() if set(known[0]) <= set(columns)), None)
 
 
 def as_known(row: dict) -> dict:
-    """The row of a data set in columns that are known; any other row as it is."""
-    convert = data_set(tuple(row))
-    return with_columns(row, convert(row)) if convert else row
+    """The row of a data set in columns that are known, in place of its own; any other row as it is."""
+    known = data_set(tuple(row))
+    columns = known[1](row) if known else {}
+    if not columns:
+        return row
+    row = with_columns(row, columns)
+    for key in {*known[0]} - columns.keys() - {"chosen", "rejected", *PROMPTS}:
+        del row[key]
+    return row
 
 
 def is_comparison(row: dict) -> bool:
@@ -358,7 +365,10 @@ def is_comparison(row: dict) -> bool:
 
 def kind_of(row: dict) -> str:
     """The kind of rows that this one is if nothing else says so: "preference" where responses are compared, otherwise "sft"."""
-    return "preference" if is_comparison(as_known(row)) else "sft"
+    row = {key: value for key, value in row.items() if value is not None}
+    with contextlib.suppress(ValueError, LookupError, TypeError):  # a bad row: reading it as either kind says so
+        row = as_known(row)
+    return "preference" if is_comparison(row) else "sft"
 
 
 def unknown(row: dict, expected: str, *columns: str) -> str:
@@ -457,11 +467,14 @@ def without_prompt(prompt: str | list | None, responses: list) -> tuple:
     one that ends in : or =, and no word that begins in the prompt and ends in a response."""
     if isinstance(prompt, list):
         return prompt, [r[len(prompt):] if r[:len(prompt)] == prompt else r for r in responses]
-    if not prompt or not all(isinstance(r, str) and r.startswith(prompt.rstrip()) for r in responses):
+    bare = prompt.rstrip() if prompt else ""
+    if not bare or not isinstance(responses[0], str) or not responses[0].startswith(bare):
         return prompt, responses
-    head = prompt if all(r.startswith(prompt) for r in responses) else prompt.rstrip()
+    if not all(isinstance(r, str) and r.startswith(bare) for r in responses):
+        return prompt, responses
+    head = prompt if all(r.startswith(prompt) for r in responses) else bare
     rests = [r[len(head):] for r in responses]
-    to_complete = len(head.split()) > 2 or head.rstrip().endswith((":", "="))
+    to_complete = len(head.split()) > 2 or bare.endswith((":", "="))
     inside_word = head[-1:].isalnum() and any(rest[:1].isalnum() for rest in rests)
     return (head, rests) if to_complete and any(rests) and not inside_word else (prompt, responses)
 
@@ -530,6 +543,12 @@ def ranked_row(row: dict, chat: bool) -> Draft:
                             [0.0] * len(pairs)))
 
 
+def before_answer(response: str | list) -> list:
+    """The turns of a response that come before the assistant's first; they are the prompt's."""
+    messages = as_messages("assistant", response)
+    return [*itertools.takewhile(lambda m: m["role"] != "assistant", messages)]
+
+
 def parted(conversations: list, what: str) -> str:
     """What to say of conversations whose prompts differ."""
     first, other = next(((a, b) for c in conversations[1:] for a, b in zip(conversations[0], c) if a != b), ("", ""))
@@ -577,6 +596,11 @@ def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
         if isinstance(own, list) and own[-length:] == prompt:  # they repeat the end of it
             prompt = own
+    elif goes_on and (before_answer(chosen) or before_answer(rejected)):
+        turns = before_answer(chosen)
+        if turns != before_answer(rejected):
+            raise ValueError(parted([chosen, rejected], "'chosen' and 'rejected'"))
+        prompt, chosen, rejected = prompt + turns, chosen[len(turns):], rejected[len(turns):]
     prompt = with_beginning(row, with_system(row, prompt, chat), chat)
     margin = number(row, "margin") if row.get("margin") else 0.0
     return last_turns(Draft(prompt, [as_response(prompt, chosen), as_response(prompt, rejected)], [True, False], [0], [1], [margin]))
