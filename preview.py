@@ -26,8 +26,12 @@ LONG = 240  # most tokens of a text that are shown
 WIDTH = 62  # columns of text beside its label
 
 
+def colours() -> bool:
+    return sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
+
+
 def paint(text: str, code: str) -> str:
-    if code and text and (sys.stdout.isatty() or os.environ.get("FORCE_COLOR")):
+    if code and text and colours():
         return f"\033[{code}m{text}\033[0m"
     return f"[{text}]" if text.strip() and code in (GREEN, RED) else text
 
@@ -87,11 +91,12 @@ def flow(label: str, runs: list[tuple], said: str) -> str:
     """Coloured runs of text, then what is said, after a label, wrapped at 79 columns; an arrow marks each newline of the text."""
     lines, room = [f"  {label:12}"], WIDTH
     for text, code in [*runs, (f"  {said}", "")]:
-        painted = []
+        brackets = len(paint("x", code)) - 1 if not colours() else 0
+        painted, room = [], room - brackets
         for word in re.findall(r"\n|[^\s]+[^\S\n]*|[^\S\n]+", text):
-            if word == "\n" or len(word.rstrip()) > room and room < WIDTH:
+            if word == "\n" or len(word.rstrip()) > room and room < WIDTH - brackets:
                 lines[-1] += paint("".join(painted), code)
-                painted, room = [], WIDTH
+                painted, room = [], WIDTH - brackets
                 lines.append(" " * 14)
             painted.append(word.strip("\n"))
             room -= len(word.strip("\n"))

@@ -100,7 +100,7 @@ def train(cfg):
     scaler = torch.amp.GradScaler(machine.device, enabled=machine.dtype == torch.float16)
     skipped = torch.zeros(2, device=machine.device)  # non-finite steps: in total, and the current streak
     steps = data.steps(cfg, supply.per_epoch)
-    if cfg.critic_warmup >= steps:
+    if cfg.critic_warmup and cfg.critic_warmup >= steps:
         raise ValueError(f"critic_warmup = {cfg.critic_warmup}, and the run has {steps} steps: the policy would never "
                          f"be trained; lower critic_warmup, or raise max_steps or epochs")
     state = checkpoint.State(decoder, optimizer, scaler, running, skipped, supply)

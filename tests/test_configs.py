@@ -56,6 +56,8 @@ def test_config_runs_two_steps(name, tmp_path, monkeypatch):
             arguments.append(f"--{key}={key}")
     if config.rolls(given):
         arguments += ["--batch_size=8", "--rollout_prompts=16", "--max_new_tokens=8"]
+    if given.critic_warmup:
+        arguments += ["--critic_warmup=1"]  # the second step trains the policy
     train.train(of(name, arguments))
     assert [line["step"] for line in lines(tmp_path / "out")] == [1, 2]
 

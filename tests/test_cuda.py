@@ -10,7 +10,8 @@ import train
 from conftest import ROOT, TINY, as_dataset, random_trees
 from test_train import SMALL, lines, options
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "mistral", "qwen2"])

@@ -350,18 +350,16 @@ def test_text_with_eos_in_the_prompt(chat, tmp_path):
     assert text_of(tokenizer, example.responses[0]) == "a <|im_end|> b<|im_end|>"
 
 
-@pytest.mark.parametrize("mode", ["joint", "apart"])
-@pytest.mark.parametrize("file", ["sft/v1-sft-demo.jsonl", "preference/sharegpt-dpo-en.json"])
-def test_real_chats_are_what_transformers_renders(file, mode, real, smollm2, tmp_path):
-    """Of the pairs, the conversations before them that have an assistant's turn."""
+CHATS = [[U("hi"), A("yo")], [S("be brief"), U("1+1?"), A("2"), U("and 2+2?"), A("It is 4."), U("so")],
+         [U("a\n\nb "), A(" yes\n"), U("\u00e9 <|im_sta"), A("12 \U0001f600"), U("x"), A("no, it is red.")], [S(""), U("Add the numbers."), A("3\n\n4")]]
+
+
+def check_chats(rows, key, folder, mode, tmp_path):
+    """Each conversation's ids are those of transformers, and what the assistant says is trained, each turn with its end."""
     transformers = pytest.importorskip("transformers")
-    theirs, tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2), data.Tokenizer(smollm2)
-    text = (real / file).read_text()
-    rows = json.loads(text) if file.endswith(".json") else [json.loads(line) for line in text.splitlines()]
-    key = next(iter(rows[0]))
-    rows = [{key: row[key]} for row in rows if any(m.get("role", m.get("from")) in ("assistant", "gpt") for m in row[key])]
+    theirs, tokenizer = transformers.AutoTokenizer.from_pretrained(folder), data.Tokenizer(folder)
     dataset = load(write(tmp_path / "rows.jsonl", rows), tokenizer, tokenize=mode)
-    assert len(dataset) == len(rows) > 100 and dataset.counts["apart"] == 0
+    assert len(dataset) == len(rows) and dataset.counts["apart"] == 0
     newline = tokenizer.fast.encode("\n").ids
     for row, example in zip(rows, dataset.examples, strict=True):
         messages = formats.messages_field(row, key)
@@ -370,6 +368,22 @@ def test_real_chats_are_what_transformers_renders(file, mode, real, smollm2, tmp
         expected = theirs.apply_chat_template(messages[:last + 1], return_dict=False)
         assert [*example.prompt, *example.responses[0], *newline] == expected
         assert runs(tokenizer, example.responses[0], example.scored[0]) == [turn + "<|im_end|>" for turn in turns]
+
+
+@pytest.mark.parametrize("mode", ["joint", "apart"])
+def test_chats_are_what_transformers_renders(mode, chat, tmp_path):
+    check_chats([{"messages": messages} for messages in CHATS], "messages", chat, mode, tmp_path)
+
+
+def test_real_chats_are_what_transformers_renders(real, smollm2, tmp_path):
+    """Of the pairs, the conversations before them that have an assistant's turn."""
+    for file, mode in itertools.product(("sft/v1-sft-demo.jsonl", "preference/sharegpt-dpo-en.json"), ("joint", "apart")):
+        text = (real / file).read_text()
+        rows = json.loads(text) if file.endswith(".json") else [json.loads(line) for line in text.splitlines()]
+        key = next(iter(rows[0]))
+        rows = [{key: row[key]} for row in rows if any(m.get("role", m.get("from")) in ("assistant", "gpt") for m in row[key])]
+        assert len(rows) > 100
+        check_chats(rows, key, smollm2, mode, tmp_path)
 
 
 @pytest.mark.parametrize("source", [
@@ -618,7 +632,7 @@ def test_a_tokenizer_without_its_eos_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("completion, tokens", [
-    (" a time", ["▁a", "▁time", "</s>"]), ("time", ["time", "</s>"]), ("\nTom", ["<0x0A>", "To", "m", "</s>"]),
+    (" a time", ["▁a", "▁time", "</s>"]), ("time", ["t", "im", "e", "</s>"]), ("\nTom", ["<0x0A>", "To", "m", "</s>"]),
     ("", ["</s>"])])
 def test_no_dummy_prefix_inside_a_row(completion, tokens, pieces, tmp_path):
     tokenizer = data.Tokenizer(pieces)
@@ -741,21 +755,39 @@ def test_nothing_left_to_score_is_dropped(tmp_path):
         load(write(tmp_path / "rows.jsonl", rows[:1]), tokenizer, max_length=5, max_prompt_length=4)
 
 
-@pytest.mark.parametrize("truncation", ["cut", "drop"])
-@pytest.mark.parametrize("file, kind, rows, model, max_length", [
-    ("preference/hh-harmless-test.jsonl.gz", "preference", 2312, "stories", 80),
-    ("preference/sharegpt-dpo-en.json", "preference", 300, "smollm2", 200),
-    ("sft/alpaca-en.json", "sft", 999, "stories", 200), ("sft/v1-sft-demo.jsonl", "sft", 500, "smollm2", 80)])
-def test_counts_add_up_on_real_files(file, kind, rows, model, max_length, truncation, real, request):
-    tokenizer = data.Tokenizer(request.getfixturevalue(model))
-    dataset = load(str(real / file), tokenizer, kind, max_length=max_length, truncation=truncation)
+def check_counts(file, kind, rows, tokenizer, max_length, truncation):
+    """Every row is used, dropped or bad, some do not fit, and what is left fits and is scored."""
+    dataset = load(file, tokenizer, kind, max_length=max_length, truncation=truncation)
     counts = dataset.counts
-    assert rows == counts["read"] == counts["used"] + counts["dropped"] + counts["bad"] and counts["used"] == len(dataset)
+    left_out = counts["dropped"] + counts["identical"] + counts["bad"]
+    assert rows == counts["read"] == counts["used"] + left_out and counts["used"] == len(dataset)
     assert counts["truncated" if truncation == "cut" else "dropped"] > 0 == counts["bad"]
     assert set(counts) <= set(data.COUNTS) and len({e.where for e in dataset.examples}) == len(dataset)
     scored = [int(m.sum()) for e in dataset.examples for m in e.scored]
     assert min(scored) > 0 and dataset.offsets[0] == 0 and (np.diff(dataset.offsets).sum() == dataset.offsets[-1] == sum(scored))
     assert all(len(e.prompt) + max(map(len, e.responses)) <= max_length for e in dataset.examples)
+
+
+@pytest.mark.parametrize("truncation", ["cut", "drop"])
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_counts_add_up(kind, truncation, chat, pieces, tmp_path):
+    rng, words = np.random.default_rng(0), "Once upon a time there was a little girl and she liked to play in the park".split()
+    text = lambda: " ".join(rng.choice(words, rng.integers(1, 25)))
+    rows = [{"prompt": text(), "chosen": text(), "rejected": text()} for _ in range(200)]
+    rows += [{"conversations": [{"from": "human", "value": text()}], "chosen": {"from": "gpt", "value": text()},
+              "rejected": {"from": "gpt", "value": text()}} for _ in range(200 if kind == "preference" else 0)]
+    rows += [{"messages": [U(text()), A(text()), U(text()), A(text())]} for _ in range(200 if kind == "sft" else 0)]
+    rows += [{"prompt": "Once", "chosen": "upon", "rejected": "upon"}] if kind == "preference" else []
+    check_counts(write(tmp_path / "rows.jsonl", rows), kind, len(rows), data.Tokenizer(chat), 80, truncation)
+    check_counts(write(tmp_path / "texts.jsonl", rows[:200]), kind, 200, data.Tokenizer(pieces), 25, truncation)
+
+
+def test_counts_add_up_on_real_files(real, stories, smollm2):
+    for file, kind, rows, folder, max_length in (
+            ("preference/hh-harmless-test.jsonl.gz", "preference", 2312, stories, 80), ("sft/alpaca-en.json", "sft", 999, stories, 200),
+            ("preference/sharegpt-dpo-en.json", "preference", 300, smollm2, 200), ("sft/v1-sft-demo.jsonl", "sft", 500, smollm2, 80)):
+        for truncation in ("cut", "drop"):
+            check_counts(str(real / file), kind, rows, data.Tokenizer(folder), max_length, truncation)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1221,9 +1253,9 @@ def test_step_tokens_are_where_steps_end(tmp_path):
         data.load(str(tmp_path / "rows.jsonl"), "prm", arithmetic(), config.load(["--step_token=12"]), False)
 
 
-@pytest.mark.parametrize("file, read, labelled", [("samples_math-shepherd.jsonl", 7, None), ("samples_prm800k.jsonl", 6, 73), ("bigbench-mistake-arithmetic.jsonl", 300, None)])
-def test_real_steps(real, stories, file, read, labelled):
+def test_real_steps(real, stories):
     """Every row of the real files is read and used, none silently; every rating of PRM800K is a label once."""
-    dataset = data.load(str(real / "prm" / file), "prm", data.Tokenizer(stories), config.load(["--max_length=100000"]), False)
-    assert (dataset.counts["read"], dataset.counts["used"], dataset.counts["dropped"]) == (read, read, 0)
-    assert labelled is None or data.count(dataset.examples)["steps"] == labelled
+    for file, read, labelled in (("samples_math-shepherd.jsonl", 7, None), ("samples_prm800k.jsonl", 6, 73), ("bigbench-mistake-arithmetic.jsonl", 300, None)):
+        dataset = data.load(str(real / "prm" / file), "prm", data.Tokenizer(stories), config.load(["--max_length=100000"]), False)
+        assert (dataset.counts["read"], dataset.counts["used"], dataset.counts["dropped"]) == (read, read, 0)
+        assert labelled is None or data.count(dataset.examples)["steps"] == labelled
