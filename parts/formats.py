@@ -70,7 +70,7 @@ def python_calls(text: str) -> list[dict]:
             return []
         return [{"name": ast.unparse(node.func), "arguments": {k.arg: ast.literal_eval(k.value) for k in node.keywords}}
                 for node in nodes]
-    except (SyntaxError, ValueError, AttributeError):
+    except (SyntaxError, ValueError, AttributeError, RecursionError, MemoryError):
         return []
 
 
@@ -101,7 +101,7 @@ def extras(m: dict) -> dict:
 
 def decoded(value):
     """Messages that are written as text, as JSON or as Python prints them, become messages; any other value stays as it is."""
-    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{") or not ("role" in value or "from" in value):
         return value
     for read in (json.loads, ast.literal_eval):
         try:
@@ -313,9 +313,14 @@ def glaive(row: dict) -> dict:
 
 
 def after_context(row: dict) -> dict:
-    """Messages that come before the prompt, or are the prompt."""
-    context, prompt = row["context_messages"] and messages_field(row, "context_messages"), prompt_of(row, True, ("prompt",))
-    return {"prompt": (context or []) + as_messages("user", prompt)} if prompt else {"prompt": context}
+    """Messages that come before the prompt, or are the prompt. Before a conversation they are not trained."""
+    key, context = first_of(PROMPTS, row) or "prompt", []
+    if row["context_messages"]:
+        context = messages_field(row, "context_messages")
+    if key in CONVERSATIONS:
+        conversation = decoded(row[key])
+        return {key: [{**m, "train": False} for m in context] + conversation}
+    return {key: context + (as_messages("user", prompt_of(row, True)) if row.get(key) else [])}
 
 
 DATA_SETS = {  # name -> columns that tell it, and a function: row -> the same in columns that are read below
@@ -359,8 +364,8 @@ def as_known(row: dict) -> dict:
 
 
 def is_comparison(row: dict) -> bool:
-    """Whether the row compares responses: it is none of a prompt with one answer, and no conversation."""
-    return "chosen" in row or "responses" in row and not first_of(("text", *CONVERSATIONS, *ANSWERS), row)
+    """Whether the row has responses to compare."""
+    return "chosen" in row or "responses" in row
 
 
 def kind_of(row: dict) -> str:
@@ -388,7 +393,7 @@ def sft_row(row: dict, train_on: str, chat: bool) -> Draft:
     """{prompt, completion}, {messages}, alpaca {instruction, input, output}, ShareGPT {conversations}, other questions with
     answers, {text}, or the best side of a preference row."""
     row = as_known(row)
-    if is_comparison(row):
+    if "chosen" in row or is_comparison(row) and not first_of(("text", *CONVERSATIONS, *ANSWERS), row):
         return best_side(preference_row(row, train_on, chat))
     if "prompt" in row and "completion" in row:
         keys, answer = ("prompt",), "completion"
@@ -550,10 +555,10 @@ def before_answer(response: str | list) -> list:
 
 
 def parted(conversations: list, what: str) -> str:
-    """What to say of conversations whose prompts differ."""
+    """What to say of conversations that differ in a turn of the system's or the user's before their answers."""
     first, other = next(((a, b) for c in conversations[1:] for a, b in zip(conversations[0], c) if a != b), ("", ""))
-    return (f"{what} begin differently, before the assistant says anything: {str(first)[:60]!r} and {str(other)[:60]!r}; "
-            f"responses that are compared need the same prompt")
+    return (f"{what} begin differently: {str(first)[:60]!r} and {str(other)[:60]!r}; responses that are compared need the "
+            f"same prompt")
 
 
 def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
@@ -583,12 +588,12 @@ def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
         length, own = shared_prompt(chosen, rejected), prompt
         if own is not None and not (all(whole) and length):
             raise ValueError("'chosen' and 'rejected' begin differently, at least one with a prompt; leave that to its own column")
+        if not length and any(whole):
+            raise ValueError(parted([chosen, rejected], "'chosen' and 'rejected'"))
         others = {k: v for k, v in row.items() if k not in ("chosen", "rejected") and v and isinstance(v, (str, list, dict))}
         if not length and others:
             raise ValueError(f"'chosen' and 'rejected' begin differently and no column is known as the prompt; found keys "
                              f"{list(row)}; rename that column to 'prompt', which may be empty")
-        if not length and any(whole):
-            raise ValueError(parted([chosen, rejected], "'chosen' and 'rejected'"))
         aside = [k for k, v in others.items() if like_a_prompt(v, length)] if own is None and not any(whole) else ()
         if aside:
             raise ValueError(f"'chosen' and 'rejected' share their first {length} characters (or messages), but {aside[0]!r} "

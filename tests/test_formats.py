@@ -116,6 +116,8 @@ DATA_SETS = {
     "context_messages alone": ("prompts", {"context": "hi", "context_messages": [U("hi")], "dataset": "a"}, asked("hi"), [], []),
     "context_messages, completion": ("sft", {"context_messages": [S("be brief")], "prompt": "hi", "completion": "yo"},
                                      turn("system", "be brief") + asked("hi"), ["yo"], []),
+    "context_messages, conversation": ("sft", {"context_messages": [U("hi"), A("yo")], "messages": [U("and"), A("so")]},
+                                       asked("hi"), ["so"], []),
     "ProcessBench": ("prm", PROCESS, "1+1+1=?\n", [["\n", "\n", "\n"]], []),
     "xlam": ("sft", XLAM, "<tools>weather</tools>" + asked("Weather in Oslo?"), ['weather{"city": "Oslo"}'], []),
     "glaive": ("sft", GLAIVE, turn("system", GLAIVE["system"].removeprefix("SYSTEM: ").strip()) + asked("Weather in Oslo?"),
@@ -411,7 +413,7 @@ def test_conversations_that_begin_differently(chosen, rejected, turns, tmp_path)
     with pytest.raises(ValueError, match="row.jsonl:1: 'chosen' and 'rejected' begin differently"):
         one(tmp_path, {"chosen": chosen, "rejected": rejected}, turns, "preference")
     with pytest.raises(ValueError, match="row.jsonl:1: .*begin differently"):
-        one(tmp_path, {"chosen": chosen, "rejected": rejected}, turns, "sft")
+        one(tmp_path, {"source": "web", "chosen": chosen, "rejected": rejected}, turns, "sft")
 
 
 def test_conversations_that_part_at_the_user(turns, tmp_path):
