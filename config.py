@@ -43,7 +43,7 @@ class Config:
     resize_embeddings: bool = False  # a tokenizer with more tokens than a model: new rows, the mean of the old ones
 
     # Data
-    train_data: str | list = ""  # files or globs: .jsonl, .json, .gz of either
+    train_data: str | list | dict = ""  # files, globs, save_to_disk folders, hub data sets (org/name:config/split); {one: weight}
     eval_data: str | list = ""  # rows of the same kind as train_data, held out for eval; empty: none
     eval_prompts: str | list = ""  # {prompt, ...} rows that eval answers greedily, for check and reward
     check: Callable = None  # (prompt (text or messages), completion, row) -> is it right; eval reports the mean as exact_match
@@ -63,7 +63,7 @@ class Config:
     # Steps
     batch_size: int = 64  # examples per optimizer step, over all ranks
     micro_batch_tokens: int = 0  # tokens of a packed micro-batch: changes memory, not the gradient; 0: chosen from the data
-    epochs: float = 1.0  # passes over train_data; what filter_rounds draws comes on top
+    epochs: float = 1.0  # passes over train_data (times as many rows, if its files have weights); filter_rounds draw on top
     max_steps: int = 0  # optimizer steps; 0: as epochs say
     lr: float = 1e-6  # peak learning rate
     min_lr: float = 0.0  # learning rate at the end of linear and cosine
@@ -212,6 +212,11 @@ def checked(key: str, value, kind, where: str):
         raise ValueError(f"{where}: {key} = {value!r:.60} is a {type(value).__name__}; expected {names}")
     if key in ITEMS and isinstance(value, (list, tuple)):
         value = type(value)(checked(f"{key}[{i}]", item, ITEMS[key], where) for i, item in enumerate(value))
+    if key == "train_data" and isinstance(value, dict):
+        names = [checked("a name in train_data", name, str, where) for name in value]
+        value = {name: checked(f"train_data[{name!r}]", value[name], float, where) for name in names}
+    if key.startswith("train_data[") and isinstance(value, float) and not value > 0:
+        raise ValueError(f"{where}: {key} = {value}; expected a weight above 0")
     if key in CHOICES and value not in CHOICES[key]:
         raise ValueError(f"{where}: {key} = {value!r:.60}; expected one of {', '.join(map(repr, CHOICES[key]))}")
     if key in TYPES and type(value) in (int, float) and not value >= AT_LEAST.get(key, 0):

@@ -5,6 +5,7 @@ An example is a prompt and its responses, kept together as a tree, so that the p
 Shapes: T stream tokens, N scored tokens, R responses, P pairs, S segments.
 """
 import array
+import functools
 import heapq
 import itertools
 import json
@@ -16,7 +17,7 @@ import tempfile
 import traceback
 import types
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,6 +95,8 @@ class Dataset(NamedTuple):
     pair_offsets: np.ndarray  # (len + 1,) pairs before each example
     kinds: np.ndarray  # (len,) which classes an example has: 1 undesirable (or rejected) responses, 2 desirable ones, 3 both
     counts: Counter  # of rows: COUNTS
+    sources: np.ndarray  # (len,) which of the names in `shares` an example is from
+    shares: dict[str, float]  # name in train_data -> its share of every step's rows; one name without weights
 
     def __len__(self):
         return len(self.examples)
@@ -104,12 +107,15 @@ def sizes_of(e: Example) -> tuple[int, int, int, int]:
     return e.length, sum(np.count_nonzero(mask) for mask in e.scored), len(e.chosen), 2 * bool(e.chosen) + bool(e.rejected)
 
 
-def as_dataset(examples: Sequence, counts: Counter, sizes: Sequence = ()) -> Dataset:
-    """sizes: the `sizes_of` all examples, concatenated, where they are already known."""
+def as_dataset(examples: Sequence, counts: Counter, sizes: Sequence = (), sources: Sequence = (),
+               shares: dict | None = None) -> Dataset:
+    """sizes: the `sizes_of` all examples, concatenated, where they are already known. sources, shares: if several files
+    have weights."""
     sizes = np.array(sizes or [n for e in examples for n in sizes_of(e)], np.int64)
     lengths, scored, pairs, kinds = sizes.reshape(-1, 4).T
     before = lambda sizes: np.concatenate([[0], np.cumsum(sizes)])
-    return Dataset(examples, lengths, before(scored), before(pairs), kinds, counts)
+    sources = np.array(sources, np.int64) if shares else np.zeros(len(examples), np.int64)
+    return Dataset(examples, lengths, before(scored), before(pairs), kinds, counts, sources, shares or {"": 1.0})
 
 
 def distinct(e: Example) -> Example | None:
@@ -137,13 +143,23 @@ class Notes:
         self.without_pair = ""  # file:line of the first row whose responses are equal or tied
 
 
-def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: bool = True, train: bool = True) -> Dataset:
-    """Read, tokenize and truncate every row; a malformed one stops the run unless bad_rows = "skip". train: drop rows that nothing
-    can be learned from, because their responses are equal or tied."""
+def read_sources(names: list, show: bool) -> Iterator[tuple[int, str, object]]:
+    """(source, where, row) of all rows; source: the place of its name in the list."""
+    for source, name in enumerate(names):
+        for where, row in read_rows(name, show):
+            yield source, where, row
+
+
+def load(paths: str | list[str] | dict[str, float], kind: str, tokenizer: Tokenizer, cfg, show: bool = True, train: bool = True
+         ) -> Dataset:
+    """Read, tokenize and truncate every row; a malformed one stops the run unless bad_rows = "skip". paths: names of files, or
+    name -> its weight in a step. train: drop rows that nothing can be learned from, because their responses are equal or tied."""
     if kind not in FORMATS:
         raise ValueError(f"rows of kind {kind!r} are not known; known: {', '.join(FORMATS)}")
     examples, sizes, drafts, rows, longest_prompt = Stored(cfg.cache_dir), array.array("q"), [], {}, cfg.max_prompt_length
     counts, notes = Counter(), Notes()
+    names = sorted(paths) if isinstance(paths, dict) else [paths]  # of sources, whose order in train_data is of no matter
+    now, sources = 0, array.array("q")  # the source that is being read; the source of each example
     if kind == "prompts":  # the answer wants room
         longest_prompt = min(longest_prompt or cfg.max_length, cfg.max_length - cfg.max_new_tokens)
         if longest_prompt < 1:
@@ -162,10 +178,14 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
             if example is not None:
                 examples.append(example._replace(row=rows.get(example.where)) if rows else example)
                 sizes.extend(sizes_of(example))
+                sources.append(now)
         drafts.clear()
         rows.clear()
 
-    for where, row in read_rows(paths, show):
+    for source, where, row in read_sources(names, show):
+        if source != now:
+            flush()
+            now = source
         counts["read"] += 1
         try:
             row, rendered = understood(row, kind, tokenizer, cfg, notes)
@@ -189,7 +209,15 @@ def load(paths: str | list[str], kind: str, tokenizer: Tokenizer, cfg, show: boo
         report_notes(notes, kind, named, counts, cfg)
     if not examples:
         raise ValueError(f"{named}: no usable row is left ({counted(counts)})")
-    return as_dataset(examples, counts, sizes)
+    shares = {name: paths[name] / sum(paths.values()) for name in names} if isinstance(paths, dict) else None
+    dataset = as_dataset(examples, counts, sizes, sources, shares)
+    for source, (name, share, taken) in enumerate(zip(names, dataset.shares.values(), rows_per_epoch(dataset))):
+        if source not in dataset.sources:
+            raise ValueError(f"{name}: no usable row is left, and its weight asks for {share:.1%} of every step")
+        if not taken:
+            raise ValueError(f"{name}: its weight is {share:.2g} of all, less than one of the {len(dataset):,} rows of an epoch; "
+                             f"raise the weight or leave the file out")
+    return dataset
 
 
 def understood(row: bytes | object, kind: str, tokenizer: Tokenizer, cfg, notes: Notes) -> tuple[dict, list[tuple]]:
@@ -282,19 +310,66 @@ def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
     return -(-len(dataset) // batch_size)
 
 
-def epoch_order(dataset: Dataset, epoch: int, seed: int) -> np.ndarray:
-    """Indices of all examples, shuffled anew in each epoch, desirable and undesirable rows interleaved evenly by their shares."""
-    order = np.random.default_rng((seed, epoch)).permutation(len(dataset))
-    kinds, turn = dataset.kinds[order], np.empty(len(order))
-    for members in (np.flatnonzero(kinds == kind) for kind in np.unique(kinds)):
+def rows_per_epoch(dataset: Dataset) -> list[int]:
+    """How many rows of an epoch are from each source: its share of them, by largest remainder. An epoch has as many rows
+    as the dataset, so that without weights it is one pass over it."""
+    exact = np.array([*dataset.shares.values()]) * len(dataset)
+    rows = np.floor(exact).astype(int)
+    rows[np.argsort(rows - exact, kind="stable")[:len(dataset) - rows.sum()]] += 1
+    return rows.tolist()
+
+
+def sources_said(dataset: Dataset) -> list[str]:
+    """A line for each file that has a weight: its share of a step, its rows, how often an epoch passes over them."""
+    rows = np.bincount(dataset.sources, minlength=len(dataset.shares)).tolist()
+    return [f"  {name}: {share:.1%} of every step; {count:,} rows, an epoch has each {taken / count:.2g} times"
+            for (name, share), count, taken in zip(dataset.shares.items(), rows, rows_per_epoch(dataset)) if name]
+
+
+def spread(labels: np.ndarray) -> np.ndarray:
+    """An order of places in which each label comes as evenly as its number allows; places of a label stay in order."""
+    turn = np.empty(len(labels))
+    for members in (np.flatnonzero(labels == label) for label in np.unique(labels)):
         turn[members] = (np.arange(len(members)) + 0.5) / len(members)
-    return order[np.argsort(turn, kind="stable")]
+    return np.argsort(turn, kind="stable")
+
+
+def pass_order(dataset: Dataset, source: int, nth: int, seed: int) -> np.ndarray:
+    """Indices of a source's examples in its nth pass: shuffled, desirable and undesirable rows interleaved evenly."""
+    members = np.flatnonzero(dataset.sources == source)
+    order = members[np.random.default_rng((seed, nth, source)).permutation(len(members))]
+    return order[spread(dataset.kinds[order])]
+
+
+def epoch_order(dataset: Dataset, epoch: int, seed: int) -> np.ndarray:
+    """Indices of the examples of an epoch, (len,), a function of (seed, epoch): of each source what follows in its own
+    passes, as many as its share asks for, interleaved evenly. Without weights, this is every example once, in another
+    order each time."""
+    parts = []
+    for source, rows in enumerate(rows_per_epoch(dataset)):
+        count = np.count_nonzero(dataset.sources == source)
+        first, begin = divmod(epoch * rows, count)
+        passes = range(first, first + -(-(begin + rows) // count))
+        parts.append(np.concatenate([pass_order(dataset, source, nth, seed) for nth in passes])[begin:begin + rows])
+    order = np.concatenate(parts)
+    return order[spread(dataset.sources[order])]
+
+
+def steps_of(dataset: Dataset, batch_size: int, seed: int) -> Callable[[int], np.ndarray]:
+    """A function step -> indices of the examples of that optimizer step, which depend on (seed, step) alone; steps are
+    counted from 0. The last step of an epoch is what is left."""
+    per_epoch = steps_per_epoch(dataset, batch_size)
+    order = functools.lru_cache(1)(lambda epoch: epoch_order(dataset, epoch, seed))
+
+    def rows(step: int) -> np.ndarray:
+        epoch, at = divmod(step, per_epoch)
+        return order(epoch)[at * batch_size:(at + 1) * batch_size]
+    return rows
 
 
 def step_rows(dataset: Dataset, step: int, batch_size: int, seed: int) -> np.ndarray:
-    """Indices of the examples of an optimizer step: a function of (seed, step). The last step of an epoch is what is left."""
-    epoch, at = divmod(step, steps_per_epoch(dataset, batch_size))
-    return epoch_order(dataset, epoch, seed)[at * batch_size:(at + 1) * batch_size]
+    """As steps_of, for a single step."""
+    return steps_of(dataset, batch_size, seed)(step)
 
 
 def mismatched(dataset: Dataset, seed: int, epoch: int) -> Dataset:

@@ -166,7 +166,7 @@ def main(arguments: list[str]):
     imitated = "demonstration_mask" in reads
     marks = lambda e: with_rewards(e, imitated) if rewarded else e
     print(f"{kind} rows for {'+'.join(cfg.weights)}, tokens of {tokenizer.folder}:")
-    print(data.counted(counts) + "\n")
+    print("\n".join([data.counted(counts), *data.sources_said(dataset)]) + "\n")
     beyond = model.too_long(shape, dataset, cfg.max_new_tokens) if shape else ""
     if beyond:
         print(f"warning: {beyond}\n")

@@ -174,7 +174,9 @@ def pieces(run, split: str) -> list[np.ndarray]:
     steps = data.steps(cfg, data.steps_per_epoch(dataset, cfg.batch_size))
     count = -(-steps * cfg.batch_size // 64) * 64  # whole pieces: with more steps, these are the same
     if split == "train" and count < len(dataset):
-        return np.split(data.epoch_order(dataset, 0, cfg.seed)[:count], range(64, count, 64))
+        order = data.epoch_order(dataset, 0, cfg.seed)[:count]
+        order = order[np.sort(np.unique(order, return_index=True)[1])]  # with weights, a row may come again
+        return np.split(order, range(64, len(order), 64))
     return data.in_order(dataset)
 
 

@@ -289,7 +289,7 @@ def prepared(cfg, machine: Machine, say: Callable, provided: frozenset) -> Run:
                 for split, paths in (("train", cfg.train_data), ("eval", cfg.eval_data)) if paths}
     prompts = datasets.pop("eval", None) if kind == "prompts" else None
     for split, dataset in datasets.items():
-        say(f"{split} rows: {data.counted(dataset.counts)}")
+        say("\n".join([f"{split} rows: {data.counted(dataset.counts)}", *data.sources_said(dataset)]))
     prompts = data.load(cfg.eval_prompts, "prompts", tokenizer, cfg, False) if cfg.eval_prompts else prompts
     beyond = ""  # rotary positions that the model was not made for: it may do badly there
     for dataset in filter(None, [*datasets.values(), prompts]):
@@ -337,14 +337,13 @@ class Rows:
     provides, metrics, rewards = frozenset(), {}, None
 
     def __init__(self, run: Run):
-        self.dataset, self.size = run.datasets["train"], run.cfg.batch_size
-        self.per_epoch = data.steps_per_epoch(self.dataset, self.size)
-        self.order = functools.lru_cache(1)(lambda epoch: data.epoch_order(self.dataset, epoch, run.cfg.seed))
+        self.dataset = run.datasets["train"]
+        self.per_epoch = data.steps_per_epoch(self.dataset, run.cfg.batch_size)
+        self.of_step = data.steps_of(self.dataset, run.cfg.batch_size, run.cfg.seed)
 
     def rows(self, step: int):
         """The dataset, and the indices in it of a step's examples; steps are counted from 0."""
-        epoch, nth = divmod(step, self.per_epoch)
-        return self.dataset, self.order(epoch)[nth * self.size:(nth + 1) * self.size]
+        return self.dataset, self.of_step(step)
 
     def add(self, batches: list[dict]):
         """Fixed rows add no columns to the micro-batches."""
@@ -473,7 +472,7 @@ def use_of(run: Run) -> str:
     """The command that tries the model."""
     files = run.cfg.eval_data or run.cfg.train_data
     if not run.answers() or {"reward", "step_logits"} & {*run.outputs}:
-        use, end = "score", f"--data={shlex.quote(files if isinstance(files, str) else files[0])}"
+        use, end = "score", f"--data={shlex.quote(files if isinstance(files, str) else [*files][0])}"
     elif run.tokenizer.chat_template:
         use, end = "chat", ""
     else:
