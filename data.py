@@ -27,7 +27,7 @@ import torch
 from losses import OBJECTIVES
 from model import Noting
 from parts.formats import (  # noqa: F401: used from here, too
-    FORMATS, MESSAGE_KEYS, TRAIN_ON, Draft, Step, as_conversation, as_messages, is_transcript, objects, with_system)
+    FORMATS, MESSAGE_KEYS, TRAIN_ON, Draft, Step, as_conversation, as_messages, is_transcript, kind_of, objects, with_system)
 from parts.rows import files_of, read_rows  # noqa: F401
 from parts.tokens import (  # noqa: F401
     LARGE, Example, Tokenizer, check_characters, cut, render, renderings, tokenize, truncate, with_responses)
@@ -248,15 +248,23 @@ def understood(row: bytes | object, kind: str, tokenizer: Tokenizer, cfg, notes:
             tools = objects(noting["tools"], "tools")
     notes.columns |= noting.keys()
     notes.read |= noting.read
-    for value in map(noting.get, noting.read):
-        for m in value if isinstance(value, list) else [value]:
-            if isinstance(m, dict) and ("role" in m or "from" in m) and (more := m.keys() - MESSAGE_KEYS):
-                notes.message_keys |= {key for key in more if m[key] is not None}
+    for column, value in row.items():
+        if isinstance(value, (list, dict)) and column in noting.read:
+            notes.message_keys |= unread_keys(value)
 
     rendered = renderings(draft, tokenizer, train_on, tools, options)
     for _, prompt, responses in rendered:
         check_characters("".join([prompt, *(text for text, _ in responses)]))
     return row, rendered
+
+
+def unread_keys(value: list | dict) -> set[str]:
+    """The keys of its messages that nothing reads."""
+    keys = set()
+    for m in value if isinstance(value, list) else [value]:
+        if isinstance(m, dict) and ("role" in m or "from" in m) and not m.keys() <= MESSAGE_KEYS:
+            keys |= {key for key in m.keys() - MESSAGE_KEYS if m[key] is not None}
+    return keys
 
 
 def explained(error: Exception, where: str) -> str:
@@ -474,12 +482,26 @@ def micro_batches(dataset: Dataset, rows: np.ndarray, layout: Layout, rank: int 
     return [build([mine[i] for i in stream], dataset, layout) for stream in streams], count(examples)
 
 
+def ranking(e: Example) -> tuple[list[int], list[bool]]:
+    """For each response: its place in the ranking that the pairs make, best first; and whether it counts there: of responses that are
+    tied, the first does."""
+    beaten = Counter(e.rejected)
+    order = sorted(range(len(e.responses)), key=lambda i: beaten[i])
+    place, counts = [0] * len(order), [True] * len(order)
+    for n, i in enumerate(order):
+        place[i] = n
+        counts[i] = n == 0 or beaten[i] > beaten[order[n - 1]]
+    return place, counts
+
+
 def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) -> dict:
     """Examples of one stream -> its tensors (T,), (N,), (R,), (P,) and, on the host, its sizes and members. last (R,): index of a
-    response's last token; example, rank (R,): its example and its index in it; own (N,): index of a scored token itself."""
+    response's last token; example, rank (R,): its example and its index in it; standing, ranked (R,): its place in the
+    ranking of that example, and whether it counts there; own (N,): index of a scored token itself."""
     tokens, positions, spans = [], [], []  # a span: begin, length; begin and length of the prompt it also sees
     columns = {"predict_from": [], "own": [], "target": [], "response": [], "place": [], "scored_index": []}
     lengths, last, chosen, rejected, margin, pair_index, of, rank, at = [], [], [], [], [], [], [], [], 0
+    standing, ranked = [], []
     for nth, (index, e) in enumerate(members):
         begin, n, seen = at, len(e.prompt), int(dataset.offsets[index])
         tokens.append(e.prompt)
@@ -491,7 +513,10 @@ def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) 
         margin += e.margin
         pair_index += range(dataset.pair_offsets[index], dataset.pair_offsets[index + 1])
         of += [nth] * len(e.responses)
+        place, counts = ranking(e)
         rank += range(len(e.responses))
+        standing += place
+        ranked += counts
         for ids, scored in zip(e.responses, e.scored):
             places = np.flatnonzero(scored)
             before = at + places - 1  # a token is predicted one place before itself, the first one at the prompt's end
@@ -517,11 +542,12 @@ def build(members: list[tuple[int, Example]], dataset: Dataset, layout: Layout) 
     flat = {name: np.concatenate([np.zeros(0, np.int64), *parts]) for name, parts in columns.items()}
     labels = [labels[scored] for _, e in members for labels, scored in zip(e.labels, e.scored)]
     labels = np.concatenate([*labels, np.full(sum(lengths) - sum(map(len, labels)), np.nan, np.float32)]).astype(np.float32)
-    whole = dict(lengths=lengths, last=last, example=of, rank=rank, rows=[members[nth][0] for nth in of], chosen=chosen,
+    whole = dict(lengths=lengths, last=last, example=of, rank=rank, standing=standing,
+                 rows=[members[nth][0] for nth in of], chosen=chosen,
                  rejected=rejected, pair_index=pair_index)
     flat.update(tokens=np.concatenate(tokens).astype(np.int64), positions=np.concatenate(positions),
                 **{name: np.array(values, np.int64) for name, values in whole.items()}, margin=np.array(margin, np.float32),
-                step_labels=labels, step_mask=~np.isnan(labels),
+                step_labels=labels, step_mask=~np.isnan(labels), ranked=np.array(ranked, bool),
                 demonstrated=np.array([shown for _, e in members for shown in e.demonstrated], bool))
     known = {"num_responses": len(lengths), "longest": max(lengths, default=1), "num_examples": len(members),
              "most_responses": max((len(e.responses) for _, e in members), default=1), "members": [i for i, _ in members]}

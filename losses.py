@@ -199,8 +199,8 @@ def sums(batch: dict, stream: Tensor) -> Tensor:
 
 
 def by_rank(batch: dict, stream: Tensor) -> Tensor:
-    """(R,) -> (Q, K): one row per example with the values of its responses in order, right-padded with zeros."""
-    return stream.new_zeros(batch["num_examples"], batch["most_responses"]).index_put((batch["example"], batch["rank"]), stream)
+    """(R,) -> (Q, K): one row per example with the values of its responses, best first, right-padded with zeros."""
+    return stream.new_zeros(batch["num_examples"], batch["most_responses"]).index_put((batch["example"], batch["standing"]), stream)
 
 
 def action_mask(batch: dict) -> Tensor:
@@ -238,7 +238,7 @@ READINGS = {
     "chosen_reward": Reading(("reward",), lambda batch, reward: reward[batch["chosen"]]),
     "reject_reward": Reading(("reward",), lambda batch, reward: reward[batch["rejected"]]),
     "ranked_rewards": Reading(("reward",), by_rank),
-    "rank_mask": Reading((), lambda batch: by_rank(batch, torch.ones_like(batch["rank"], dtype=torch.bool))),
+    "rank_mask": Reading((), lambda batch: by_rank(batch, batch["ranked"])),
     **{name: Reading((), operator.itemgetter(name)) for name in ("margin", "step_labels", "step_mask")},
     "label": Reading((), lambda batch: torch.where(batch["demonstrated"][batch["response"]], batch["target"], -100)),  # (N,)
     **{name: column(name) for name in ("step_logits", "logits", "teacher_logits")},
@@ -737,7 +737,8 @@ def rm_hinge(chosen_reward, reject_reward, margin=None, *, center_coef=0.0):
 def rm_plackett_luce(ranked_rewards, rank_mask):
     """Plackett-Luce likelihood of a ranking: sum over ranks k of logsumexp(reward_k..K) - reward_k; `rm` where K = 2.
 
-    ranked_rewards, rank_mask: (Q, K), best first; the mask is True where there is a response, at the start of each row.
+    ranked_rewards, rank_mask: (Q, K), best first; the mask is True where there is a response, except for all but the first of
+    responses that are tied: a ranking cannot say that of two neither is better, so only one of them is in it.
     """
     same_shape(ranked_rewards, rank_mask)
     rewards = torch.where(rank_mask, wide(ranked_rewards), -1e30)  # -inf has no gradient in logcumsumexp

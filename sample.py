@@ -117,14 +117,15 @@ def chat(options, cfg):
 
 
 def lines(found: list[list], dataset: data.Dataset) -> list[dict]:
-    """One object a row: chosen and rejected of a pair, score of a single response, scores of several. The turns of a conversation
-    that are examples of their own are one row: its log-prob is their sum, its reward that of the last."""
+    """One object a row: chosen and rejected of a pair, score of a single response, scores of several, in the row's order. The turns of a
+    conversation that are examples of their own are one row: its log-prob is their sum, its reward that of the last."""
     said = []
+    chosen_first = all(e.chosen == [0] and e.rejected == [1] for e in dataset.examples if len(e.responses) == 2)
     for values, e in zip(found, dataset.examples):
         if e.turn > 1:
             before, (value,) = said.pop()["score"], values
             said.append({"score": {key: before[key] + value[key] for key in value} if isinstance(value, dict) else value})
-        elif e.chosen == [0] and e.rejected == [1]:
+        elif len(e.responses) == 2 and chosen_first:
             said.append({"chosen": values[0], "rejected": values[1]})
         else:
             said.append({"score": values[0]} if len(values) == 1 else {"scores": values})
@@ -137,8 +138,7 @@ def score(options, cfg):
     with contextlib.suppress(ValueError):
         first = json.loads(first) if isinstance(first, bytes) else first
     first = first if isinstance(first, dict) else {}  # a bad row: loading says so
-    kind = "preference" if {"chosen", "responses"} & first.keys() else "sft"
-    kind = options.kind or ("steps" if scorer.stream == "step_logits" else kind)
+    kind = options.kind or ("steps" if scorer.stream == "step_logits" else data.kind_of(first))
     dataset = data.load(options.data, kind, scorer.tokenizer, scorer.cfg, train=False)
     usable = len(dataset) - dataset.counts["split"]
     if usable != dataset.counts["read"]:

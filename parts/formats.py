@@ -1,6 +1,7 @@
 """Row -> Draft: the common form of all row formats, as text or as messages. A new format is one branch of a function in `FORMATS`; a
 data set whose columns have other names is a line of `DATA_SETS`."""
 import ast
+import contextlib
 import copy
 import functools
 import itertools
@@ -69,7 +70,7 @@ def python_calls(text: str) -> list[dict]:
             return []
         return [{"name": ast.unparse(node.func), "arguments": {k.arg: ast.literal_eval(k.value) for k in node.keywords}}
                 for node in nodes]
-    except (SyntaxError, ValueError, AttributeError):
+    except (SyntaxError, ValueError, AttributeError, RecursionError, MemoryError):
         return []
 
 
@@ -100,7 +101,7 @@ def extras(m: dict) -> dict:
 
 def decoded(value):
     """Messages that are written as text, as JSON or as Python prints them, become messages; any other value stays as it is."""
-    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{") or not ("role" in value or "from" in value):
         return value
     for read in (json.loads, ast.literal_eval):
         try:
@@ -250,14 +251,14 @@ def meaning(row: dict, key: str, meanings: dict) -> float:
     """What a column's value means."""
     value = row[key]
     if isinstance(value, (dict, list)) or value not in meanings:
-        raise ValueError(f"{key!r} should be one of {', '.join(map(repr, meanings))}, found {str(value)[:60]!r}")
+        raise ValueError(f"{key!r} should be one of {', '.join(map(repr, meanings))}, found {value!r:.60}")
     return meanings[value]
 
 
 def number(row: dict, key: str) -> float:
     value = row[key]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e38:  # nor NaN
-        raise ValueError(f"{key!r} should be a number, found {str(value)[:60]!r}")
+        raise ValueError(f"{key!r} should be a number, found {value!r:.60}")
     return float(value)
 
 
@@ -312,9 +313,14 @@ def glaive(row: dict) -> dict:
 
 
 def after_context(row: dict) -> dict:
-    """Messages that come before the prompt, or are the prompt."""
-    context, prompt = row["context_messages"] and messages_field(row, "context_messages"), prompt_of(row, True, ("prompt",))
-    return {"prompt": (context or []) + as_messages("user", prompt)} if prompt else {"prompt": context}
+    """Messages that come before the prompt, or are the prompt. Before a conversation they are not trained."""
+    key, context = first_of(PROMPTS, row) or "prompt", []
+    if row["context_messages"]:
+        context = messages_field(row, "context_messages")
+    if key in CONVERSATIONS:
+        conversation = decoded(row[key])
+        return {key: [{**m, "train": False} for m in context] + conversation}
+    return {key: context + (as_messages("user", prompt_of(row, True)) if row.get(key) else [])}
 
 
 DATA_SETS = {  # name -> columns that tell it, and a function: row -> the same in columns that are read below
@@ -340,25 +346,34 @@ WINNERS = {"model_a": 1, "model_b": -1, "tie": 0, "tie (bothbad)": 0, "both_bad"
 
 
 @functools.lru_cache(maxsize=256)
-def data_set(columns: tuple) -> Callable | None:
-    """The function of the data set that has these columns."""
-    return next((convert for needed, convert in DATA_SETS.values() if set(needed) <= set(columns)), None)
+def data_set(columns: tuple) -> tuple | None:
+    """The columns and the function of the data set that has these columns."""
+    return next((known for known in DATA_SETS.values() if set(known[0]) <= set(columns)), None)
 
 
 def as_known(row: dict) -> dict:
-    """The row of a data set in columns that are known; any other row as it is."""
-    convert = data_set(tuple(row))
-    return with_columns(row, convert(row)) if convert else row
+    """The row of a data set in columns that are known, in place of its own; any other row as it is."""
+    known = data_set(tuple(row))
+    columns = known[1](row) if known else {}
+    if not columns:
+        return row
+    row = with_columns(row, columns)
+    for key in {*known[0]} - columns.keys() - {"chosen", "rejected", *PROMPTS}:
+        del row[key]
+    return row
 
 
 def is_comparison(row: dict) -> bool:
-    """Whether the row compares responses: it is none of a prompt with one answer, and no conversation."""
-    return "chosen" in row or "responses" in row and not first_of(("text", *CONVERSATIONS, *ANSWERS), row)
+    """Whether the row has responses to compare."""
+    return "chosen" in row or "responses" in row
 
 
 def kind_of(row: dict) -> str:
     """The kind of rows that this one is if nothing else says so: "preference" where responses are compared, otherwise "sft"."""
-    return "preference" if is_comparison(as_known(row)) else "sft"
+    row = {key: value for key, value in row.items() if value is not None}
+    with contextlib.suppress(ValueError, LookupError, TypeError):  # a bad row: reading it as either kind says so
+        row = as_known(row)
+    return "preference" if is_comparison(row) else "sft"
 
 
 def unknown(row: dict, expected: str, *columns: str) -> str:
@@ -378,7 +393,7 @@ def sft_row(row: dict, train_on: str, chat: bool) -> Draft:
     """{prompt, completion}, {messages}, alpaca {instruction, input, output}, ShareGPT {conversations}, other questions with
     answers, {text}, or the best side of a preference row."""
     row = as_known(row)
-    if is_comparison(row):
+    if "chosen" in row or is_comparison(row) and not first_of(("text", *CONVERSATIONS, *ANSWERS), row):
         return best_side(preference_row(row, train_on, chat))
     if "prompt" in row and "completion" in row:
         keys, answer = ("prompt",), "completion"
@@ -457,11 +472,14 @@ def without_prompt(prompt: str | list | None, responses: list) -> tuple:
     one that ends in : or =, and no word that begins in the prompt and ends in a response."""
     if isinstance(prompt, list):
         return prompt, [r[len(prompt):] if r[:len(prompt)] == prompt else r for r in responses]
-    if not prompt or not all(isinstance(r, str) and r.startswith(prompt.rstrip()) for r in responses):
+    bare = prompt.rstrip() if prompt else ""
+    if not bare or not isinstance(responses[0], str) or not responses[0].startswith(bare):
         return prompt, responses
-    head = prompt if all(r.startswith(prompt) for r in responses) else prompt.rstrip()
+    if not all(isinstance(r, str) and r.startswith(bare) for r in responses):
+        return prompt, responses
+    head = prompt if all(r.startswith(prompt) for r in responses) else bare
     rests = [r[len(head):] for r in responses]
-    to_complete = len(head.split()) > 2 or head.rstrip().endswith((":", "="))
+    to_complete = len(head.split()) > 2 or bare.endswith((":", "="))
     inside_word = head[-1:].isalnum() and any(rest[:1].isalnum() for rest in rests)
     return (head, rests) if to_complete and any(rests) and not inside_word else (prompt, responses)
 
@@ -530,11 +548,17 @@ def ranked_row(row: dict, chat: bool) -> Draft:
                             [0.0] * len(pairs)))
 
 
+def before_answer(response: str | list) -> list:
+    """The turns of a response that come before the assistant's first; they are the prompt's."""
+    messages = as_messages("assistant", response)
+    return [*itertools.takewhile(lambda m: m["role"] != "assistant", messages)]
+
+
 def parted(conversations: list, what: str) -> str:
-    """What to say of conversations whose prompts differ."""
+    """What to say of conversations that differ in a turn of the system's or the user's before their answers."""
     first, other = next(((a, b) for c in conversations[1:] for a, b in zip(conversations[0], c) if a != b), ("", ""))
-    return (f"{what} begin differently, before the assistant says anything: {str(first)[:60]!r} and {str(other)[:60]!r}; "
-            f"responses that are compared need the same prompt")
+    return (f"{what} begin differently: {str(first)[:60]!r} and {str(other)[:60]!r}; responses that are compared need the "
+            f"same prompt")
 
 
 def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
@@ -564,12 +588,12 @@ def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
         length, own = shared_prompt(chosen, rejected), prompt
         if own is not None and not (all(whole) and length):
             raise ValueError("'chosen' and 'rejected' begin differently, at least one with a prompt; leave that to its own column")
+        if not length and any(whole):
+            raise ValueError(parted([chosen, rejected], "'chosen' and 'rejected'"))
         others = {k: v for k, v in row.items() if k not in ("chosen", "rejected") and v and isinstance(v, (str, list, dict))}
         if not length and others:
             raise ValueError(f"'chosen' and 'rejected' begin differently and no column is known as the prompt; found keys "
                              f"{list(row)}; rename that column to 'prompt', which may be empty")
-        if not length and any(whole):
-            raise ValueError(parted([chosen, rejected], "'chosen' and 'rejected'"))
         aside = [k for k, v in others.items() if like_a_prompt(v, length)] if own is None and not any(whole) else ()
         if aside:
             raise ValueError(f"'chosen' and 'rejected' share their first {length} characters (or messages), but {aside[0]!r} "
@@ -577,6 +601,11 @@ def preference_row(row: dict, train_on: str, chat: bool) -> Draft:
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
         if isinstance(own, list) and own[-length:] == prompt:  # they repeat the end of it
             prompt = own
+    elif goes_on and (before_answer(chosen) or before_answer(rejected)):
+        turns = before_answer(chosen)
+        if turns != before_answer(rejected):
+            raise ValueError(parted([chosen, rejected], "'chosen' and 'rejected'"))
+        prompt, chosen, rejected = prompt + turns, chosen[len(turns):], rejected[len(turns):]
     prompt = with_beginning(row, with_system(row, prompt, chat), chat)
     margin = number(row, "margin") if row.get("margin") else 0.0
     return last_turns(Draft(prompt, [as_response(prompt, chosen), as_response(prompt, rejected)], [True, False], [0], [1], [margin]))

@@ -259,7 +259,7 @@ def test_a_history_is_questions_with_answers(history):
 
 def test_a_pair_may_go_on_behind_its_prompt():
     row = {"prompt": [U("hi"), A("yo")], "chosen": [U("and"), A("so")], "rejected": [U("and"), A("no")]}
-    assert formats.preference_row(row, "last", True)[:2] == ([U("hi"), A("yo")], [row["chosen"], row["rejected"]])
+    assert formats.preference_row(row, "last", True)[:2] == ([U("hi"), A("yo"), U("and")], [[A("so")], [A("no")]])
 
 
 def test_what_is_not_read_is_said(tmp_path, capsys):
