@@ -23,7 +23,7 @@ import report
 
 
 # What --resume does with what has changed since the checkpoint. All that determines the result is compared and said:
-#   batch_size, rollout_prompts, rollout_epochs, seed: refused; steps count rows in these portions, in the seed's order
+#   batch_size, rollout_prompts, rollout_epochs, seed, weights of train_data: refused; steps count rows in these portions
 #   number of examples (train_data's rows, keys that leave some out): refused; the order of rows depends on it
 #   other rows or tokens of as many examples: the steps to come read them; in the middle of a rollout, other prompts
 #     and another temperature are refused, since its answers belong to those that were there
@@ -154,7 +154,9 @@ def finished_already(out: Path, now: dict, machine, say: Callable) -> bool:
     if before and before["weights"].keys() != now["weights"].keys():
         raise ValueError(f"{out}: {'+'.join(before['weights'])} was trained there, and this run trains "
                          f"{'+'.join(now['weights'])}; name another --out_dir")
-    counted = config.changes({key: before.get(key) for key in COUNTED}, {key: now[key] for key in COUNTED})
+    weighted = any(isinstance(settings.get("train_data"), dict) for settings in (before, now))
+    keys = (*COUNTED, "train_data") if weighted else COUNTED
+    counted = config.changes({key: before.get(key) for key in keys}, {key: now[key] for key in keys})
     if before and folder and counted:
         raise ValueError(f"{folder}: {'; '.join(counted)}. Its steps count rows by the values that it was begun with; with "
                          f"others, some rows would be trained twice and some never. Set them back, {ANEW.format(folder)}")

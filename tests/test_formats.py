@@ -10,9 +10,11 @@ import data
 import losses
 import preview
 import sample
+import train
 from conftest import as_dataset, layout
 from parts import formats
-from test_data import A, ARITHMETIC, S, U, load, one, runs, text_of, with_template, write
+from test_data import A, ARITHMETIC, FORMATS, S, U, load, one, runs, text_of, with_template, write
+from test_train import SMALL, options
 
 TURNS = ("{% for t in tools or [] %}{{ '<tools>' + t.name + '</tools>' }}{% endfor %}"
          "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}{% for call in m.tool_calls or [] %}"
@@ -158,6 +160,32 @@ def test_training_preview_and_scores_read_a_row_alike(kind, row, prompt, trained
     if kind == "preference":
         value = sample.lines([[float(i) for i in range(len(trained))]], as_dataset([example]))[0]
         assert value == ({"chosen": 0.0, "rejected": 1.0} if pairs == [(0, 1)] else {"scores": [float(i) for i in range(len(trained))]})
+
+
+@pytest.mark.parametrize("kind, objective", [("sft", "sft"), ("preference", "dpo"), ("prm", "prm")])
+def test_all_formats_are_the_same_to_a_run_the_preview_and_scores(kind, objective, turns, tmp_path, monkeypatch, capsys):
+    """Each is asked about one file with all formats of a kind; what they loaded has the same ids and masks."""
+    rows = [row for name, (other, row, *_) in FORMATS.items() if other == kind and name != "equal conversations"]  # no pair for a run
+    rows += [row for other, row, *_ in DATA_SETS.values() if other == kind]
+    rows += [{"prompt": "1+1=", "completions": ["2", "3"], "labels": ["+", "-"]}] if kind == "prm" else []
+    file, template, datasets = write(tmp_path / "rows.jsonl", rows), tmp_path / "turns.jinja", []
+    template.write_text(TURNS)
+    given = options(tmp_path, objective, train_data=file, tokenizer=turns.folder, chat_template=template, batch_size=4, max_steps=1, max_length=512,
+                    scratch={**SMALL, "max_position_embeddings": 512})
+
+    def loaded(*arguments, **keys):
+        dataset = load_rows(*arguments, **keys)
+        if not any(dataset is other for other in datasets):  # it may begin anew, once it has seen what all rows are
+            datasets.append(dataset)
+        return dataset
+    load_rows = data.load
+    monkeypatch.setattr(data, "load", loaded)
+    train.train(config.load(given))
+    preview.main([file, *(option for option in given if not option.startswith("--train_data"))])
+    sample.main(["score", f"--model={tmp_path / 'run'}", f"--data={file}", f"--out={tmp_path / 'scores.jsonl'}", f"--cache_dir={tmp_path}"])
+    assert len(datasets) == 3 and len((tmp_path / "scores.jsonl").read_text().splitlines()) == len(rows) > 1
+    ids = [[[e.prompt.tolist(), *(r.tolist() for r in e.responses), *(mask.tolist() for mask in e.scored)] for e in d.examples] for d in datasets]
+    assert ids[0] == ids[1] == ids[2] and len(ids[0]) == len(rows)
 
 
 @each_data_set

@@ -130,6 +130,17 @@ def test_what_steps_count_by_does_not_change(change, tmp_path):
     assert len(lines(tmp_path / "run")) == 6  # one epoch
 
 
+def test_weights_of_files_do_not_change(tmp_path):
+    """Which rows a step has follows from them; that a name is written in another order is no change."""
+    first, second = str(copied_rows(tmp_path)), str(tmp_path / "b.jsonl")
+    shutil.copy(first, second)
+    go(tmp_path, train_data={first: 1.0, second: 3.0}, max_steps=4, save_every=2)
+    with pytest.raises(ValueError, match="checkpoint-4: train_data.*b.jsonl 3.0 -> 2.0. .* Set them back"):
+        go(tmp_path, train_data={first: 1.0, second: 2.0}, max_steps=6, save_every=2, resume=True)
+    go(tmp_path, train_data={second: 3.0, first: 1.0}, max_steps=6, save_every=2, resume=True)
+    assert len(lines(tmp_path / "run")) == 6
+
+
 def test_before_the_first_checkpoint_everything_may_change(tmp_path, capsys):
     go(tmp_path, max_steps=1)
     record = json.loads((tmp_path / "run/run.json").read_text()) | {"finished": False}
