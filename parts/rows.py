@@ -159,6 +159,7 @@ def contents(paths: str | list[str] | dict[str, float]) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # What a file holds
 
+BLANK = b" \t\r\n\xef\xbb\xbf"  # whitespace, and the byte order mark that some editors put first
 WITH_PYARROW = (".parquet", ".arrow")
 MAGIC = {  # first bytes -> what begins with them, how such a file is to be named
     b"PAR1": ("parquet", "; rename it to end in .parquet"), b"ARROW1": ("arrow", "; rename it to end in .arrow"),
@@ -177,7 +178,8 @@ def check_file(file: str):
     except (OSError, EOFError, zlib.error):  # reading it will say why
         return
     held, way = next((known for magic, known in MAGIC.items() if begin.startswith(magic)), ("JSON", ""))
-    if held == wanted == "JSON" and b"\0" in begin and json.detect_encoding(begin).startswith("utf-8"):
+    text = begin.lstrip(BLANK).startswith((b"{", b"[")) or not json.detect_encoding(begin).startswith("utf-8")
+    if held == wanted == "JSON" and b"\0" in begin and not text:  # in text, it is a bad row
         held = "binary data"
     if begin and held != wanted:
         way = way or "; files are JSONL or JSON, .gz of either, parquet or arrow"
@@ -207,9 +209,6 @@ def read_rows(paths: str | list[str], show: bool = False) -> Iterator[tuple[str,
                 yield from (arrow_rows if file.endswith(WITH_PYARROW) else rows_of)(file, bar)
             except (ValueError, RecursionError, EOFError, OSError, zlib.error, NotImplementedError) as error:
                 raise ValueError(f"{file}: {error}") from None
-
-
-BLANK = b" \t\r\n\xef\xbb\xbf"  # whitespace, and the byte order mark that some editors put first
 
 
 def rows_of(file: str, bar) -> Iterator[tuple[str, object]]:
