@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 

@@ -153,6 +153,8 @@ def test_demonstrations_among_pairs(repo):
     (repo / "mixed.jsonl").write_text("".join(Path(ROOT / "tasks/arithmetic" / name).read_text() for name in ("sft_eval.jsonl", "pairs_eval.jsonl")))
     python(repo, "train.py", "--objective={'dpo': 1.0, 'sft': 1.0}", "--train_data=mixed.jsonl", "--out_dir=out/mixed", f"--cache_dir={repo}/cache", *TINY_RUN, "--batch_size=1000")
     first = lines(repo / "out/mixed")[0]
+    rows = json.loads((repo / "out/mixed/run.json").read_text())["rows"]["train"]
+    assert rows["used"] == rows["read"]  # none is left out as a pair without difference
     assert first["loss"] == pytest.approx(math.log(2) + first["nll"], rel=1e-4) and first["loss/dpo"] == pytest.approx(math.log(2), rel=1e-4)
 
 
