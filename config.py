@@ -621,10 +621,25 @@ def flat(settings: dict, name: str = "") -> dict:
 
 
 def changes(before: dict, now: dict) -> list[str]:
-    """Settings that differ."""
-    before, now = flat(before), flat(now)
-    return [f"{key} {str(before.get(key))[:60]} -> {str(now.get(key))[:60]}" for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)]
+    """Settings that differ, and files of train_data that do."""
+    files = []
+    hashes_before, hashes_now = hashes(before), hashes(now)
+    for file in sorted(hashes_before.keys() | hashes_now.keys()):
+        if file not in hashes_before:
+            files.append(f"{file} is new")
+        elif file not in hashes_now:
+            files.append(f"{file} is gone")
+        elif hashes_before[file] != hashes_now[file]:
+            files.append(f"{file} has other contents")
+    before, now = (flat({key: value for key, value in given.items() if key != "contents"}) for given in (before, now))
+    keys = sorted(before.keys() | now.keys())
+    differing = [key for key in keys if before.get(key) != now.get(key)]
+    return files + [f"{key} {str(before.get(key))[:60]} -> {str(now.get(key))[:60]}" for key in differing]
+
+
+def hashes(settings: dict) -> dict[str, str]:
+    """file -> hash of what is in it, of a run and its stages."""
+    return {file: value for files in settings.get("contents", {}).values() for file, value in files.items()}
 
 
 def help_text() -> str:

@@ -170,7 +170,7 @@ def test_a_changed_file_is_said_or_refused(tmp_path, capsys):
     exchanged(file, 3, 4)
     capsys.readouterr()
     go(tmp_path, **given, resume=True)
-    assert f"continues with changed settings: contents.train_data.{file} " in capsys.readouterr().out
+    assert f"continues with changed settings: {file} has other contents" in capsys.readouterr().out
     file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(ValueError, match="checkpoint-2: train_data held 60 examples and holds 59 now, .* --init_from="):
         go(tmp_path, **{**given, "max_steps": 6}, resume=True)
@@ -181,7 +181,7 @@ def test_a_finished_run_of_other_rows_is_not_finished_already(tmp_path):
     go(tmp_path, train_data=file, max_steps=1)
     go(tmp_path, train_data=file, max_steps=1, resume=True)
     exchanged(file, 3, 4)
-    with pytest.raises(ValueError, match=f"is finished and holds no checkpoint to go on from .contents.train_data.{file} "):
+    with pytest.raises(ValueError, match=f"is finished and holds no checkpoint to go on from .{file} has other contents"):
         go(tmp_path, train_data=file, max_steps=1, resume=True)
 
 
@@ -202,7 +202,7 @@ def test_a_stage_whose_file_changed_is_run_again(tmp_path, capsys):
     assert "already trained" in second("c")
     exchanged(file, 1, 2)
     said = second("d")
-    assert "already trained" not in said and f"it was made with other settings: contents.train_data.{file}" in said
+    assert "already trained" not in said and f"it was made with other settings: {file} has other contents" in said
     assert (tmp_path / "first.old1/model").is_dir()
     assert "already trained" in second("e")
     file.unlink()
@@ -225,7 +225,7 @@ def test_in_the_middle_of_a_rollout_prompts_stay(tmp_path, capsys):
         go(tmp_path, "reinforce", "middle", **given, max_steps=4, resume=True)
     capsys.readouterr()
     go(tmp_path, "reinforce", "between", **given, max_steps=4, resume=True)  # new answers are drawn
-    assert f"continues with changed settings: contents.train_data.{file} " in capsys.readouterr().out
+    assert f"continues with changed settings: {file} has other contents" in capsys.readouterr().out
     file.write_text("".join(whole.splitlines(keepends=True)[:2]))
     with pytest.raises(ValueError, match="checkpoint-3: train_data held 20 examples and holds 2 now"):
         go(tmp_path, "reinforce", "shorter", **given, max_steps=4, resume=True)
