@@ -430,6 +430,7 @@ NEEDS = {  # key -> (whether the key is used, given the config and the streams t
                        "a loss that reads a reference, on fixed rows and not on rollouts"),
     "head_memory": (lambda cfg, read: "log_probs" in read and "entropy" not in read, "a loss on log-probs and not on entropies"),
     **dict.fromkeys(("teacher", "teacher_top_k"), (lambda cfg, read: "teacher_logits" in read, "distillation")),
+    "as_chat": (lambda cfg, read: data_kind(cfg) != "prm", "rows that a chat template can render, which steps are not"),
 }
 
 

@@ -238,6 +238,7 @@ def test_an_option_that_a_loss_would_not_heed_is_refused(arguments):
     (["--objective=rm", "--head_memory=1"], "head_memory = 1.0 does nothing in rm without a loss on log-probs and not on entropies"),
     (["--objective=sft", "--reference_live"], "reference_live = True does nothing in sft without a loss that reads a reference, on fixed rows and not on rollouts; leave it out"),
     (["--objective=dpo", "--reference_free", "--reference=x"], "reference = 'x' does nothing in dpo without a loss that reads a reference"),
+    (["--objective=prm", "--as_chat"], "as_chat = True does nothing in prm without rows that a chat template can render"),
     (["--objective=dpo", "--reference_free", "--f_divergence=js"], "f_divergence = 'js' compares the policy with its reference, which reference_free leaves")])
 def test_a_reference_that_nothing_reads_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
