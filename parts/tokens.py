@@ -234,7 +234,7 @@ def render(draft: Draft, tokenizer: Tokenizer, train_on: str, tools: list | None
     history, prefill = draft.prompt, ""
     if continues:
         history, prefill = draft.prompt[:-1], draft.prompt[-1]["content"]
-        prompt = up_to(prefill, template(draft.prompt, add_generation_prompt=False))
+        prompt = begun(draft.prompt, template)
     else:
         prompt = template(draft.prompt, add_generation_prompt=True)
     responses = []
@@ -254,8 +254,16 @@ def continued(draft: Draft) -> bool:
     return last["role"] == "assistant" and "tool_calls" not in last and all(r[0]["role"] == "assistant" for r in draft.responses)
 
 
-def up_to(prefill: str, text: str) -> str:
-    """The rendered text up to the end of its last message, which says `prefill`."""
+def begun(messages: list[dict], template: Callable) -> str:
+    """The messages up to the end of the last one, which begins the assistant's turn: what it says follows the generation prompt
+    (without the tag that already opens a thought there). Where there is none, it is cut out of the rendered messages."""
+    history, prefill = messages[:-1], messages[-1]["content"]
+    if history and not messages[-1].get("reasoning_content"):
+        header = template(history, add_generation_prompt=True)
+        if header != template(history, add_generation_prompt=False):
+            rest = answer_after(header, {"content": prefill}, "")
+            return header + (prefill if rest is None else rest)
+    text = template(messages, add_generation_prompt=False)
     for words in (prefill, prefill.rstrip(), prefill.strip()):  # a template may strip what a message says
         if words and words in text:
             return text[:text.rindex(words) + len(words)]
@@ -287,6 +295,8 @@ def render_response(history: list[dict], turns: list[dict], prompt: str, prefill
         before = prompt if first else template(messages[:i], add_generation_prompt=True)
         after = text if last else template(messages[:i + 1], add_generation_prompt=False)
         fits = text.startswith(after) and after.startswith(before) and before.startswith(prompt)
+        if first and prefill and fits:  # the template may write more than the message between the two
+            fits = squeezed(after[len(before):]).startswith(squeezed(messages[i]["content"][len(prefill):]))
         missing = left_out(messages[i], after[len(before):]) if fits else ""
         if missing:  # the generation prompt may hold the beginning of it
             header = template(messages[:i], add_generation_prompt=False)
@@ -349,14 +359,18 @@ def opens(messages: list[dict], rendered: Callable) -> bool:
 
 def left_out(m: dict, text: str) -> str:
     """The field of a trained turn's message that its rendered text does not hold whole, whitespace ignored; "" if none."""
-    bare = lambda words: "".join((words or "").split())
-    whole = bare(text)
+    whole = squeezed(text)
     fields = {"content": [m["content"]], "reasoning_content": [m.get("reasoning_content")],
               "tool_calls": [call["function"]["name"] for call in m.get("tool_calls", ())]}
     for field, parts in fields.items():
-        if not all(bare(part) in whole for part in parts):
+        if not all(squeezed(part) in whole for part in parts):
             return field
     return ""
+
+
+def squeezed(text: str | None) -> str:
+    """The text without whitespace."""
+    return "".join((text or "").split())
 
 
 def check_characters(text: str):

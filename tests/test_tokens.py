@@ -8,7 +8,7 @@ import config
 import data
 import preview
 from conftest import ROOT
-from test_data import A, ARITHMETIC, PLAIN, S, U, changed_tokenizer, load, one, runs, text_of, with_template, write
+from test_data import A, ARITHMETIC, LLAMA2, PLAIN, S, U, changed_tokenizer, load, one, runs, text_of, with_template, write
 
 MARKS = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
 THOUGHT = ("{% set parts = m.content.split('</think>') %}{% set thought = m.reasoning_content or parts[0].split('<think>')[-1].strip('\\n') "
@@ -130,26 +130,33 @@ def test_variables_of_the_template_are_read(chat, tmp_path, capsys):
 # Prefills and calls
 
 
-@pytest.mark.parametrize("source", [QWEN3.replace("{% if loop.index0 > ns.last %}", "{% if thought %}"), PLAIN.replace("'\n'", "'<|im_end|>\n'"),
-                                    CALLS.replace("CONTENT", "m.content | trim")])
-@pytest.mark.parametrize("prefill", ["Let me solve this.\n<think>", "Sure: "])
-def test_a_prefill_is_continued(source, prefill, chat, tmp_path):
+@pytest.mark.parametrize("source, header", [
+    (QWEN3, "<|im_start|>assistant\n"), (PLAIN.replace("'\n'", "'<|im_end|>\n'"), "assistant: "),
+    (CALLS.replace("CONTENT", "m.content | trim"), "<|im_start|>assistant\n"), (LLAMA2, "[/INST] ")])
+@pytest.mark.parametrize("prefill", ["Let me solve this.\n<think>", "Sure: ", "<think>\n"])
+def test_a_prefill_is_continued(source, header, prefill, chat, tmp_path):
     """The prompt ends in the beginning of the answer, in rows that are trained and in rollouts; no turn is closed or opened there."""
     tokenizer = with_template(tmp_path, chat, source)
     asked = [U("2+2?"), A(prefill)]
     rollout, _ = one(tmp_path, {"prompt": asked}, tokenizer, "prompts")
     prompt = text_of(tokenizer, rollout.prompt)
-    assert prompt.endswith(("\n" if "<|im_start|>" in source else "assistant: ") + prefill.rstrip()) or prompt.endswith(prefill)
-    row = {"prompt": asked, "chosen": [A("2 and 2 is 4.")], "rejected": "5"}
+    assert prompt.endswith(header + prefill) and prompt.count(prefill) == 1
+    row = {"prompt": asked, "chosen": [A("ok\n</think>\n\n2 and 2 is 4.")], "rejected": "5"}
     example, _ = one(tmp_path, row, tokenizer, "preference")
-    assert text_of(tokenizer, example.prompt) == prompt
-    assert [part.lstrip() for (part,) in trained(tokenizer, example)] == ["2 and 2 is 4.<|im_end|>", "5<|im_end|>"]
+    assert text_of(tokenizer, example.prompt) == prompt and trained(tokenizer, example) == [["ok\n</think>\n\n2 and 2 is 4.<|im_end|>"], ["5<|im_end|>"]]
     example, _ = one(tmp_path, {"prompt": asked, "completion": "4"}, tokenizer)
-    assert text_of(tokenizer, example.prompt) == prompt and trained(tokenizer, example)[0][0].lstrip() == "4<|im_end|>"
+    assert text_of(tokenizer, example.prompt) == prompt and trained(tokenizer, example) == [["4<|im_end|>"]]
+
+
+def test_a_prefill_behind_an_opened_thought(chat, tmp_path):
+    """The tag that opens it is there once."""
+    tokenizer = with_template(tmp_path, chat, R1)
+    example, _ = one(tmp_path, {"prompt": [U("2+2?"), A("<think>\nhm")], "completion": "</think>4"}, tokenizer)
+    assert text_of(tokenizer, example.prompt).endswith("assistant\n<think>\nhm") and trained(tokenizer, example) == [["</think>4<|im_end|>"]]
 
 
 def test_a_prefill_that_the_template_leaves_out(chat, tmp_path):
-    tokenizer = with_template(tmp_path, chat, R1)
+    tokenizer = with_template(tmp_path, chat, "{% for m in messages %}{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}")
     with pytest.raises(ValueError, match=r"row.jsonl:1: the chat template leaves out '<think>hm</think>', the beginning of the answer"):
         one(tmp_path, {"prompt": [U("2+2?"), A("<think>hm</think>")]}, tokenizer, "prompts")
 
