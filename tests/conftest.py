@@ -17,9 +17,11 @@ import torch  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared"
+STORIES, SMOLLM2 = SHARED / "models" / "stories260K-hf", os.environ.get("SMOLLM2", "")
 
 import data  # noqa: E402
 import model  # noqa: E402
+from parts import tokens  # noqa: E402
 
 TINY = {
     "llama": dict(vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
@@ -79,10 +81,9 @@ def old_objects():
 WORDS = ("Once upon a time there was a little girl named Lily. She was so happy and she liked to play outside in the park with her "
          "mom. One day, Tom said yes and no to the big sky: it is blue, it is red, be brief. Add the numbers and answer the question. "
          "system user assistant You are a helpful AI assistant named SmolLM, trained by Hugging Face ") * 3
-CHAT_TEMPLATE = (  # as SmolLM2's: ChatML, with a system's message of its own where there is none
-    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, "
-    "trained by Hugging Face<|im_end|>\\n' }}{% endif %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+CHAT_TEMPLATE = (  # ChatML, which begins with a system's message of its own where there is none, as SmolLM2's does
+    "{% if messages and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, "
+    "trained by Hugging Face<|im_end|>\\n' }}{% endif %}" + tokens.CHATML)
 
 
 def tokenizer_folder(folder: Path, fast: tokenizers.Tokenizer, **described) -> Path:
@@ -122,21 +123,38 @@ def pieces(tmp_path_factory) -> Path:
                             add_eos_token=False)
 
 
+def tiny_folder(folder: Path, tokenizer: Path) -> Path:
+    """A tiny Llama in a folder, as large as the vocabulary of a tokenizer, which is saved with it."""
+    decoder = tiny(vocab_size=data.Tokenizer(tokenizer).fast.get_vocab_size(), max_position_embeddings=1024)
+    model.save(decoder, folder, torch.float32, tokenizer)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def stories() -> Path:
-    folder = SHARED / "models" / "stories260K-hf"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not here")
-    return folder
+    if not STORIES.is_dir():
+        pytest.skip(f"{STORIES} is not here")
+    return STORIES
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct; SMOLLM2 names its folder."""
-    folder = os.environ.get("SMOLLM2", "")
-    if not folder:
+    if not SMOLLM2:
         pytest.skip("SMOLLM2 names no folder with SmolLM2-135M-Instruct")
-    return Path(folder)
+    return Path(SMOLLM2)
+
+
+@pytest.fixture(params=["chat", *["smollm2"] * bool(SMOLLM2)])
+def each_chat(request) -> Path:
+    """The tokenizer for chats that is made here, then the real one, where it is."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["pieces", *["stories"] * STORIES.is_dir()])
+def each_pieces(request) -> Path:
+    """The tokenizer of pieces that is made here, then a real one, where it is."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -222,8 +222,8 @@ def test_formats_as_ids(kind, row, prompt, responses, mode, chat, tmp_path):
          "### Instruction:\nAdd.\n\n### Response:\n"),
     ("1 2", "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
             "that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")])
-def test_alpaca_without_a_template(given, prompt, pieces, tmp_path):
-    row, tokenizer = {"instruction": "Add.", "input": given, "output": "3"}, data.Tokenizer(pieces)
+def test_alpaca_without_a_template(given, prompt, each_pieces, tmp_path):
+    row, tokenizer = {"instruction": "Add.", "input": given, "output": "3"}, data.Tokenizer(each_pieces)
     assert formats.sft_row(row, "all", False) == data.Draft(prompt, ["3"], [True])
     example, _ = one(tmp_path, row, tokenizer)
     assert text_of(tokenizer, [*example.prompt, *example.responses[0]]) == "<s> " + prompt + "3</s>"
@@ -334,16 +334,16 @@ def test_rows_stay_with_their_examples(tmp_path):
 
 @pytest.mark.parametrize("train_on, trained", [("", ["a<|im_end|>", "b<|im_end|>"]), ("all", ["a<|im_end|>", "b<|im_end|>"]),
                                                ("last", ["b<|im_end|>"])])
-def test_train_on(train_on, trained, chat, tmp_path):
+def test_train_on(train_on, trained, each_chat, tmp_path):
     """The user's <|im_end|>, which is EOS and pad as well, is not trained; nor is what only the prompt holds."""
-    tokenizer, row = data.Tokenizer(chat), {"messages": [U("q"), A("a"), U("r"), A("b"), U("s")]}
+    tokenizer, row = data.Tokenizer(each_chat), {"messages": [U("q"), A("a"), U("r"), A("b"), U("s")]}
     example, _ = one(tmp_path, row, tokenizer, train_on=train_on)
     assert runs(tokenizer, example.responses[0], example.scored[0]) == trained
     assert (example.responses[0][~example.scored[0]] == tokenizer.eos).sum() == len(trained) - 1
 
 
-def test_text_with_eos_in_the_prompt(chat, tmp_path):
-    tokenizer = data.Tokenizer(chat)
+def test_text_with_eos_in_the_prompt(each_chat, tmp_path):
+    tokenizer = data.Tokenizer(each_chat)
     row = {"prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "completion": "a <|im_end|> b"}
     example, _ = one(tmp_path, row, tokenizer)
     assert text_of(tokenizer, example.prompt) == row["prompt"] and example.scored[0].all()
@@ -539,13 +539,13 @@ def test_where_a_template_comes_from(tmp_path):
 
 @pytest.mark.parametrize("trimmed", [False, True])
 @pytest.mark.parametrize("answer, trained", [("5", ["5", "5<|im_end|>"]), ("yes", ["yes", " yes<|im_end|>"])])
-def test_a_header_that_ends_in_a_space(answer, trained, trimmed, chat, tmp_path):
+def test_a_header_that_ends_in_a_space(answer, trained, trimmed, each_chat, tmp_path):
     """The space is trained only where it is one token with the answer, whether or not offsets count it (Llama 3: not)."""
-    vocabulary = json.loads((chat / "tokenizer.json").read_text())
+    vocabulary = json.loads((each_chat / "tokenizer.json").read_text())
     if trimmed:
         vocabulary["post_processor"] = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     (tmp_path / "tokenizer.json").write_text(json.dumps(vocabulary))
-    shutil.copy(chat / "tokenizer_config.json", tmp_path)
+    shutil.copy(each_chat / "tokenizer_config.json", tmp_path)
     tokenizer = with_template(tmp_path, tmp_path, PLAIN)
     example, _ = one(tmp_path, {"messages": [U("x"), A(answer)] * 2}, tokenizer)
     assert runs(tokenizer, example.responses[0], example.scored[0]) == trained
@@ -559,8 +559,8 @@ def test_a_header_that_ends_in_a_space_sentencepiece(pieces, tmp_path):
 
 @pytest.mark.parametrize("mode", ["joint", "apart"])
 @pytest.mark.parametrize("messages", [[U("hi"), A("yo")], [A("yo"), U("hi"), A("yo")]])
-def test_a_template_without_generation_prompt(messages, mode, chat, tmp_path):
-    tokenizer = with_template(tmp_path, chat, LLAMA2)
+def test_a_template_without_generation_prompt(messages, mode, each_chat, tmp_path):
+    tokenizer = with_template(tmp_path, each_chat, LLAMA2)
     example, _ = one(tmp_path, {"messages": messages}, tokenizer, tokenize=mode)
     assert runs(tokenizer, example.responses[0], example.scored[0]) == [" yo<|im_end|>"] * (len(messages) - 1 or 1)
     first = [] if messages[0] == A("yo") else example.prompt  # else it is BOS, for want of a prompt
@@ -588,16 +588,16 @@ def test_a_template_that_rewrites_earlier_turns(tmp_path):
 @pytest.mark.parametrize("row", [
     {"prompt": "Once upon", "completion": " a time"}, {"prompt": "<s>Once upon", "completion": " a time"},
     {"prompt": "", "completion": "Once"}, {"text": "Once upon a time"}, {"messages": [U("hi"), A("yo")]}])
-def test_bos_once_and_first(row, mode, pieces, tmp_path):
-    tokenizer = with_template(tmp_path, pieces, "{{ bos_token }}" + PLAIN)
+def test_bos_once_and_first(row, mode, each_pieces, tmp_path):
+    tokenizer = with_template(tmp_path, each_pieces, "{{ bos_token }}" + PLAIN)
     example, _ = one(tmp_path, row, tokenizer, tokenize=mode)
     ids = [*example.prompt, *example.responses[0]]
     assert ids[0] == tokenizer.bos and ids.count(tokenizer.bos) == 1
 
 
-def test_a_template_without_bos_has_none(pieces, tmp_path):
+def test_a_template_without_bos_has_none(each_pieces, tmp_path):
     """Nothing is put before what a template writes, as in transformers."""
-    tokenizer, messages = with_template(tmp_path, pieces, PLAIN), [U("hi"), A("yo")]
+    tokenizer, messages = with_template(tmp_path, each_pieces, PLAIN), [U("hi"), A("yo")]
     example, _ = one(tmp_path, {"messages": messages}, tokenizer)
     assert example.prompt.tolist() == tokenizer.fast.encode("user: hi\nassistant: ", add_special_tokens=False).ids
 
@@ -640,9 +640,9 @@ def test_no_dummy_prefix_inside_a_row(completion, tokens, pieces, tmp_path):
     assert tokens_of(tokenizer, example.prompt) == ["<s>", "▁Once"] and tokens_of(tokenizer, example.responses[0]) == tokens
 
 
-def test_ids_apart_say_what_the_text_says(pieces):
+def test_ids_apart_say_what_the_text_says(each_pieces):
     hypothesis = pytest.importorskip("hypothesis")
-    tokenizer = data.Tokenizer(pieces)
+    tokenizer = data.Tokenizer(each_pieces)
 
     @hypothesis.given(hypothesis.strategies.text("ab é\n😀.", max_size=12))
     def decodes(text):
@@ -654,16 +654,16 @@ def test_ids_apart_say_what_the_text_says(pieces):
 
 
 @pytest.mark.parametrize("mode", ["joint", "apart"])
-def test_whole_texts_are_the_tokenizers_own_ids(mode, pieces, tmp_path):
+def test_whole_texts_are_the_tokenizers_own_ids(mode, each_pieces, tmp_path):
     """There is nothing before them that they continue: SentencePiece's dummy prefix belongs there."""
-    tokenizer, text = data.Tokenizer(pieces), "Once upon a time"
+    tokenizer, text = data.Tokenizer(each_pieces), "Once upon a time"
     example, _ = one(tmp_path, {"text": text}, tokenizer, tokenize=mode)
     assert [*example.prompt, *example.responses[0]] == [*tokenizer.fast.encode(text).ids, tokenizer.eos]
 
 
-def test_joint_ids_are_the_tokenizers_own_where_they_can_be(pieces, tmp_path):
+def test_joint_ids_are_the_tokenizers_own_where_they_can_be(each_pieces, tmp_path):
     """Every row whose joint ids begin with the prompt's, and the others are counted."""
-    tokenizer, plain = data.Tokenizer(pieces), lambda text: data.Tokenizer(pieces).fast.encode(text).ids
+    tokenizer, plain = data.Tokenizer(each_pieces), lambda text: data.Tokenizer(each_pieces).fast.encode(text).ids
     rows = [{"prompt": prompt, "completion": completion}
             for prompt in ("Once upon", "Once upon ", "Lily was", "a\n") for completion in (" a time", "time", "\n", "s")]
     dataset = load(write(tmp_path / "rows.jsonl", rows), tokenizer)
@@ -1149,12 +1149,22 @@ def labelled(count, every):
     return as_dataset([tree([i], [[1]], [[1]])._replace(chosen=[0] * (i % every != 0), rejected=[0] * (i % every == 0)) for i in range(count)])
 
 
-def test_real_labels(real, smollm2):
-    """Every row of the real file is used, with the labels that it has; long ones are cut and counted."""
-    rows = json.load(open(real / "kto" / "kto-en.json"))
-    dataset = data.load(str(real / "kto" / "kto-en.json"), "kto", data.Tokenizer(smollm2), config.load(["--max_length=512"]), False)
+def check_labels(file, tokenizer, max_length):
+    """Every row is used, with the label that it has; long ones are cut and counted."""
+    rows = json.loads(file.read_text())
+    dataset = load(str(file), tokenizer, "kto", max_length=max_length)
     assert (dataset.counts["read"], dataset.counts["used"]) == (len(rows), len(rows)) and 0 < dataset.counts["truncated"] < len(rows)
     assert [bool(e.chosen) for e in dataset.examples] == [row["label"] for row in rows] == [not e.rejected for e in dataset.examples]
+
+
+def test_labels(chat, tmp_path):
+    rows = [{"messages": [U("Add the numbers."), A("yes " * 3 * i)], "label": i % 3 == 0} for i in range(1, 40)]
+    write(tmp_path / "rows.json", rows)
+    check_labels(tmp_path / "rows.json", data.Tokenizer(chat), 80)
+
+
+def test_real_labels(real, smollm2):
+    check_labels(real / "kto" / "kto-en.json", data.Tokenizer(smollm2), 512)
 
 
 def test_desirable_and_undesirable_rows_take_turns():
@@ -1199,20 +1209,21 @@ def steps_of(row):
 
 KI = formats.STEP_TAGS[0]
 
-
-@pytest.mark.parametrize("row, prompt, steps", [
-    ({"prompt": "p", "completions": ["a", "b", "c", "d", "e"], "labels": [True, "-", 0.3, None, 1]}, "p", [[("a", 1), ("b", 0), ("c", 0.3), ("d", None), ("e", 1)]]),
-    ({"input": f"How? Step 1: a {KI}\nStep 2: b {KI}", "label": "How? Step 1: a +\nStep 2: b -"}, "How?\n", [[("Step 1: a", 1), ("Step 2: b", 0)]]),
-    ({"input": "a <extra_0>b <extra_0>", "value": [0.25, 0.5]}, "", [[("a", 0.25), ("b", 0.5)]]),
-    ({"input": "q", "steps": ["a", "b", "c"], "mistake_index": 1}, "q\n", [[("a", 1), ("b", 0), ("c", None)]]),
-    ({"input": "q", "steps": ["a", "b"], "mistake_index": None}, "q\n", [[("a", 1), ("b", 1)]]),
-    ({"question": {"problem": "q"}, "label": {"steps": [
+STEP_ROWS = {  # row, prompt, steps with their labels
+    "stepwise": ({"prompt": "p", "completions": ["a", "b", "c", "d", "e"], "labels": [True, "-", 0.3, None, 1]}, "p", [[("a", 1), ("b", 0), ("c", 0.3), ("d", None), ("e", 1)]]),
+    "math-shepherd": ({"input": f"How? Step 1: a {KI}\nStep 2: b {KI}", "label": "How? Step 1: a +\nStep 2: b -"}, "How?\n", [[("Step 1: a", 1), ("Step 2: b", 0)]]),
+    "tagged values": ({"input": "a <extra_0>b <extra_0>", "value": [0.25, 0.5]}, "", [[("a", 0.25), ("b", 0.5)]]),
+    "bigbench": ({"input": "q", "steps": ["a", "b", "c"], "mistake_index": 1}, "q\n", [[("a", 1), ("b", 0), ("c", None)]]),
+    "bigbench without a mistake": ({"input": "q", "steps": ["a", "b"], "mistake_index": None}, "q\n", [[("a", 1), ("b", 1)]]),
+    "prm800k": ({"question": {"problem": "q"}, "label": {"steps": [
         {"completions": [{"text": "a", "rating": 1}], "chosen_completion": 0},
         {"completions": [{"text": "x", "rating": -1}, {"text": "b", "rating": 0}], "chosen_completion": 1},
         {"completions": [{"text": "y", "rating": -1}], "chosen_completion": None, "human_completion": {"text": "c", "rating": None}},
         {"completions": [{"text": "z", "rating": -1}], "chosen_completion": None, "human_completion": None}]}}, "q\n",
-     [[("a", 1), ("b", 1), ("c", None)], [("a", None), ("x", 0)], [("a", None), ("b", None), ("y", 0)], [("a", None), ("b", None), ("c", None), ("z", 0)]])],
-    ids=["stepwise", "math-shepherd", "tagged values", "bigbench", "bigbench without a mistake", "prm800k"])
+     [[("a", 1), ("b", 1), ("c", None)], [("a", None), ("x", 0)], [("a", None), ("b", None), ("y", 0)], [("a", None), ("b", None), ("c", None), ("z", 0)]])}
+
+
+@pytest.mark.parametrize("row, prompt, steps", STEP_ROWS.values(), ids=STEP_ROWS)
 def test_step_formats(row, prompt, steps):
     assert steps_of(row) == (prompt, steps)
 
@@ -1253,9 +1264,20 @@ def test_step_tokens_are_where_steps_end(tmp_path):
         data.load(str(tmp_path / "rows.jsonl"), "prm", arithmetic(), config.load(["--step_token=12"]), False)
 
 
+def check_steps(file, read, labelled, tokenizer):
+    """Every row is read and used, none is lost; labelled: how many steps have a label, None where that is not known."""
+    dataset = load(file, tokenizer, "prm")
+    assert (dataset.counts["read"], dataset.counts["used"], dataset.counts["dropped"]) == (read, read, 0)
+    assert labelled is None or data.count(dataset.examples)["steps"] == labelled
+
+
+@pytest.mark.parametrize("row, prompt, steps", STEP_ROWS.values(), ids=STEP_ROWS)
+def test_steps_of_rows_are_labels_once(row, prompt, steps, pieces, tmp_path):
+    labels = [label for response in steps for _, label in response if label is not None]
+    check_steps(write(tmp_path / "rows.jsonl", [row, row]), 2, 2 * len(labels), data.Tokenizer(pieces))
+
+
 def test_real_steps(real, stories):
-    """Every row of the real files is read and used, none silently; every rating of PRM800K is a label once."""
+    """Every rating of PRM800K is a label once."""
     for file, read, labelled in (("samples_math-shepherd.jsonl", 7, None), ("samples_prm800k.jsonl", 6, 73), ("bigbench-mistake-arithmetic.jsonl", 300, None)):
-        dataset = data.load(str(real / "prm" / file), "prm", data.Tokenizer(stories), config.load(["--max_length=100000"]), False)
-        assert (dataset.counts["read"], dataset.counts["used"], dataset.counts["dropped"]) == (read, read, 0)
-        assert labelled is None or data.count(dataset.examples)["steps"] == labelled
+        check_steps(str(real / "prm" / file), read, labelled, data.Tokenizer(stories))

@@ -15,7 +15,7 @@ import model
 import reward
 import rollout
 import train
-from conftest import ROOT, TINY, tiny
+from conftest import ROOT, TINY, tiny, tiny_folder
 from test_train import REWARD, ROWS, SMALL, TIMES, assert_close, lines, options, run, weights
 
 DRAW = rollout.Sampling(0.8)
@@ -182,9 +182,16 @@ def agree_for_64_tokens(folder, texts):
             assert (torch.tensor(answer.log_probs) - trainer_log_probs(decoder, prompt, answer.ids)).abs().max() < 1e-4
 
 
+BEGINNINGS = [f"{a}{b}" for a in ("Once upon a time", "Lily and Tom", "The dog", "One day, a girl", "There was a big")
+              for b in ("", " was", " had a", " said")]
+
+
+def test_greedy_text_is_that_of_transformers(pieces, tmp_path):
+    agree_for_64_tokens(tiny_folder(tmp_path / "model", pieces), BEGINNINGS)
+
+
 def test_greedy_text_of_stories260k_is_that_of_transformers(stories):
-    begin = ["Once upon a time", "Lily and Tom", "The dog", "One day, a girl", "There was a big"]
-    agree_for_64_tokens(stories, [f"{a}{b}" for a in begin for b in ("", " was", " had a", " said")])
+    agree_for_64_tokens(stories, BEGINNINGS)
 
 
 @pytest.mark.slow

@@ -14,9 +14,10 @@ import data
 import model
 import reference
 import reward
+import rollout
 import sample
 import train
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, tiny_folder
 from machine import Machine
 from parts import tokens
 from test_train import ROWS, SMALL, lines, options, run
@@ -384,28 +385,59 @@ def test_files_are_as_readable_as_others(language_run):
     assert modes == {0o666 & ~mask}
 
 
-def test_chat_is_a_conversation(smollm2, monkeypatch, capsys):
-    """The second answer knows of the first question; tokens are shown as they come, and add up to the answer."""
-    said = iter(["What is the capital of France?", "And of Italy?"])
+def typed_in(monkeypatch, *texts):
+    """The lines that are typed, and Ctrl-D."""
+    rest = iter(texts)
 
     def ask(prompt):
         try:
-            return next(said)
+            return next(rest)
         except StopIteration:
             raise EOFError from None
     monkeypatch.setattr("builtins.input", ask)
+
+
+def test_chat_is_a_conversation(chat, tmp_path, monkeypatch, capsys):
+    """The second prompt holds the first question and its answer; tokens are shown as they come, and add up to the answers."""
+    folder, heard, answers, answers_to = tiny_folder(tmp_path / "model", chat), [], [], sample.answers_to
+    tokenizer = data.Tokenizer(folder)
+
+    def noted(ids, *given, **more):
+        (answer,), = found = answers_to(ids, *given, **more)
+        heard.append(ids[0])
+        answers.append(rollout.written(tokenizer, answer))
+        return found
+    monkeypatch.setattr(sample, "answers_to", noted)
+    typed_in(monkeypatch, "Who is it?", "And now?")
+    sample.main(["chat", f"--model={folder}", "--temperature=0", "--max_new_tokens=16", "--device=cpu"])
+    assert len(answers) == 2 and all(answers) and capsys.readouterr().out.split() == " ".join(answers).split()
+    messages = [{"role": "user", "content": "Who is it?"}, {"role": "assistant", "content": answers[0]}, {"role": "user", "content": "And now?"}]
+    for ids, before in zip(heard, (messages[:1], messages), strict=True):
+        assert tokenizer.fast.decode(ids, skip_special_tokens=False) == tokenizer.render(before, True)
+
+
+def test_an_answer_that_is_stopped_stays_in_the_conversation(chat, tmp_path, monkeypatch, capsys):
+    folder, heard, answers_to = tiny_folder(tmp_path / "model", chat), [], sample.answers_to
+    tokenizer = data.Tokenizer(folder)
+
+    def stopped_once(ids, *given, watch, **more):
+        heard.append(ids[0])
+        if len(heard) > 1:
+            return answers_to(ids, *given, watch=watch, **more)
+        watch(0, tokenizer.fast.encode("It is in the").ids)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sample, "answers_to", stopped_once)
+    typed_in(monkeypatch, "Where is Rome?", "Go on.")
+    sample.main(["chat", f"--model={folder}", "--temperature=0", "--max_new_tokens=4", "--device=cpu"])
+    assert "assistant\nIt is in the<|im_end|>" in tokenizer.fast.decode(heard[1], skip_special_tokens=False)
+
+
+def test_chat_with_smollm2(smollm2, monkeypatch, capsys):
+    """The second answer knows of the first question."""
+    typed_in(monkeypatch, "What is the capital of France?", "And of Italy?")
     sample.main(["chat", f"--model={smollm2}", "--temperature=0", "--max_new_tokens=16", "--device=cpu"])
     first, second = capsys.readouterr().out.strip().splitlines()
     assert "Paris" in first and "Rome" in second
-
-    def interrupted(*given, watch, **more):
-        watch(0, sample.data.Tokenizer(smollm2).fast.encode("It is in the").ids)
-        raise KeyboardInterrupt
-    heard, answers_to = [], sample.answers_to
-    monkeypatch.setattr(sample, "answers_to", lambda ids, *given, **more: interrupted(**more) if not heard.append(ids) and len(heard) == 1 else answers_to(ids, *given, **more))
-    said = iter(["Where is Rome?", "Go on."])
-    sample.main(["chat", f"--model={smollm2}", "--temperature=0", "--max_new_tokens=4", "--device=cpu"])
-    assert "It is in the" in sample.data.Tokenizer(smollm2).fast.decode(heard[1][0], skip_special_tokens=False)  # it stays in the conversation
 
 
 def test_runs_are_drawn(language_run, reward_run, tmp_path, capsys, monkeypatch):
